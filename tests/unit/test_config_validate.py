@@ -1,0 +1,324 @@
+"""Checks between keys and of the inputs: every refusal names key, value and remedy; every surprise has a notice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from trainer.config.inputs import check_model_path, check_reward_function, find_data_files
+from trainer.config.load import load_config
+from trainer.config.validate import role_devices, validate
+
+ACTOR = "actor_rollout_ref.actor"
+ROLLOUT = "actor_rollout_ref.rollout"
+GRPO = ["algorithm.adv_estimator=grpo", f"{ROLLOUT}.n=8"]
+
+
+def make_model(directory: Path) -> Path:
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    (directory / "tokenizer.json").write_text("{}")
+    (directory / "model.safetensors").write_bytes(b"")
+    return directory
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> list[str]:
+    """Overrides with which the default configuration is valid."""
+    (tmp_path / "train.jsonl").write_text('{"prompt": "1+1="}\n')
+    return [
+        f"data.train_files={tmp_path}/train.jsonl",
+        f"actor_rollout_ref.model.path={make_model(tmp_path / 'model')}",
+    ]
+
+
+def refused(base: list[str], *overrides: str) -> str:
+    cfg = load_config([*base, *overrides])
+    with pytest.raises(ValueError) as error:
+        validate(cfg)
+    return str(error.value)
+
+
+def test_the_defaults_are_valid_and_quiet(base: list[str]) -> None:
+    assert validate(load_config(base)) == []
+    assert validate(load_config([*base, *GRPO])) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem", "remedy"),
+    [
+        (
+            ["data.train_batch_size=64"],
+            f"{ACTOR}.ppo_mini_batch_size=256: larger than data.train_batch_size=64",
+            f"set {ACTOR}.ppo_mini_batch_size=64",
+        ),
+        (
+            ["data.train_batch_size=1000"],
+            f"data.train_batch_size=1000: not divisible by {ACTOR}.ppo_mini_batch_size=256",
+            f"set {ACTOR}.ppo_mini_batch_size=250 or data.train_batch_size=1024",
+        ),
+        (
+            ["critic.ppo_mini_batch_size=300"],
+            "data.train_batch_size=1024: not divisible by critic.ppo_mini_batch_size=300",
+            "set critic.ppo_mini_batch_size=256",
+        ),
+        (
+            ["data.train_batch_size=8", f"{ACTOR}.ppo_mini_batch_size=4"],
+            f"{ACTOR}.ppo_mini_batch_size=4: 4 sequences ({ROLLOUT}.n=1) for 8 devices",
+            "use fewer devices",
+        ),
+        (
+            [f"{ACTOR}.ppo_max_token_len_per_gpu=1000"],
+            f"{ACTOR}.ppo_max_token_len_per_gpu=1000: smaller than one sequence of 1024 tokens",
+            "set it to at least 1024",
+        ),
+        (
+            ["critic.ppo_max_token_len_per_gpu=1000"],
+            "critic.ppo_max_token_len_per_gpu=1000: smaller",
+            "set it to at least 1024",
+        ),
+        (
+            ["algorithm.use_kl_in_reward=true", "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu=1000"],
+            "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu=1000: smaller",
+            "set it to at least 1024",
+        ),
+        ([f"{ROLLOUT}.max_model_len=1023"], f"{ROLLOUT}.max_model_len=1023: smaller", "at least 1024, or to null"),
+        (
+            [f"{ROLLOUT}.enable_chunked_prefill=false", f"{ROLLOUT}.max_num_batched_tokens=512"],
+            f"{ROLLOUT}.max_num_batched_tokens=512: a prompt",
+            "set it to at least 1024",
+        ),
+        (
+            [f"{ROLLOUT}.max_num_batched_tokens=128"],
+            f"{ROLLOUT}.max_num_batched_tokens=128: smaller than {ROLLOUT}.max_num_seqs=256",
+            f"set {ROLLOUT}.max_num_seqs=128",
+        ),
+        (
+            [f"{ROLLOUT}.sleep_level=1", "trainer.device=cpu"],
+            f"{ROLLOUT}.sleep_level=1: sleeping needs a GPU",
+            f"set {ROLLOUT}.sleep_level=auto",
+        ),
+        (
+            [f"{ROLLOUT}.sleep_level=2", f"{ROLLOUT}.free_cache_engine=false"],
+            f"{ROLLOUT}.sleep_level=2: contradicts",
+            f"set {ROLLOUT}.sleep_level=auto",
+        ),
+        (
+            ["critic.device_mapping=0-8"],
+            "critic.device_mapping=0-8: rank 8 does not exist, there are 8 devices (ranks 0-7)",
+            "raise trainer.nnodes or trainer.n_gpus_per_node",
+        ),
+        ([f"{ACTOR}.device_mapping=3-1"], f"{ACTOR}.device_mapping=3-1: the range 3-1 runs backwards", "write ranks"),
+        ([f"{ROLLOUT}.device_mapping=[0,0]"], f"{ROLLOUT}.device_mapping=[0, 0]: names [0] more than once", "write"),
+        (
+            [f"{ROLLOUT}.tensor_model_parallel_size=3"],
+            f"{ROLLOUT}.tensor_model_parallel_size=3: does not divide the 8 devices of the rollout",
+            "set it to a divisor of 8",
+        ),
+        (
+            [f"{ROLLOUT}.tensor_model_parallel_size=2", f"{ROLLOUT}.device_mapping=0-2"],
+            f"{ROLLOUT}.tensor_model_parallel_size=2: does not divide the 3 devices",
+            f"change {ROLLOUT}.device_mapping",
+        ),
+        (["algorithm.adv_estimator=grpo"], f"{ROLLOUT}.n=1: algorithm.adv_estimator=grpo", f"set {ROLLOUT}.n=8"),
+        (
+            ["critic.enable=false"],
+            "critic.enable=false: algorithm.adv_estimator=gae needs",
+            "set critic.enable=null, or algorithm.adv_estimator=grpo",
+        ),
+        ([f"{ROLLOUT}.temperature=0"], f"{ROLLOUT}.temperature=0.0: greedy", "set it above 0"),
+        (
+            [*GRPO, "trainer.critic_warmup=5"],
+            "trainer.critic_warmup=5: there is no critic",
+            "set trainer.critic_warmup=0",
+        ),
+        (
+            ["trainer.resume_mode=resume_path"],
+            "trainer.resume_from_path=null: trainer.resume_mode=resume_path needs a checkpoint",
+            "set trainer.resume_from_path",
+        ),
+        (
+            ["trainer.test_freq=5"],
+            "trainer.test_freq=5: there is nothing to validate on, data.val_files=null",
+            "set data.val_files, or trainer.test_freq=-1",
+        ),
+    ],
+)
+def test_keys_that_do_not_go_together(base: list[str], overrides: list[str], problem: str, remedy: str) -> None:
+    message = refused(base, *overrides)
+    assert problem in message
+    assert remedy in message
+    assert len(message.splitlines()) == 1, "one mistake, one problem"
+
+
+def test_all_problems_at_once(base: list[str]) -> None:
+    message = refused(base, "data.train_batch_size=64", f"{ROLLOUT}.temperature=0", "trainer.test_freq=1")
+    assert message.startswith("3 problems in the configuration:\n")
+
+
+def test_a_critic_that_is_not_used_is_not_checked(base: list[str]) -> None:
+    unused = ["critic.ppo_mini_batch_size=300", "critic.ppo_max_token_len_per_gpu=1", "critic.device_mapping=99"]
+    assert validate(load_config([*base, *GRPO, *unused, "critic.model.path=/nowhere"])) == []
+
+
+def test_a_tracker_that_is_not_installed(base: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = refused(base, "trainer.logger=[console,wandb]")
+    assert "trainer.logger=[console, wandb]: wandb is not installed; pip install wandb" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "notice"),
+    [
+        ([f"{ACTOR}.use_kl_loss=true", "algorithm.use_kl_in_reward=true"], "counts twice"),
+        ([f"{ACTOR}.loss_scale_factor=10"], f"{ACTOR}.loss_scale_factor=10.0 has no effect"),
+        ([*GRPO, "critic.enable=true"], "values algorithm.adv_estimator=grpo does not use"),
+        ([f"{ROLLOUT}.top_p=0.9"], f"{ROLLOUT}.top_p=0.9: the sampler draws from a truncated distribution"),
+        ([f"{ROLLOUT}.top_k=10"], f"{ROLLOUT}.top_k=10: the sampler draws"),
+        (["trainer.device=cpu"], f"{ROLLOUT}.kv_cache_gb=null: on a CPU the KV cache gets 1 GiB"),
+        (["trainer.resume_from_path=x"], "trainer.resume_from_path=x has no effect: trainer.resume_mode=auto"),
+    ],
+)
+def test_notices(base: list[str], overrides: list[str], notice: str) -> None:
+    notices = validate(load_config([*base, *overrides]))
+    assert len(notices) == 1
+    assert notice in notices[0]
+
+
+def test_no_notice_without_the_monitor(base: list[str]) -> None:
+    assert validate(load_config([*base, f"{ROLLOUT}.top_p=0.9", f"{ROLLOUT}.calculate_log_probs=false"])) == []
+
+
+def test_greedy_validation_repeats_itself(base: list[str]) -> None:
+    val = base[0].replace("train_files", "val_files")
+    assert "draws the same response" in validate(load_config([*base, val, f"{ROLLOUT}.val_kwargs.n=4"]))[0]
+
+
+def test_role_devices() -> None:
+    assert role_devices(None, "k", num_devices=3) == (0, 1, 2)
+    assert role_devices("1-2", "k", num_devices=3) == (1, 2)
+
+
+def test_inputs_are_checked_together(base: list[str], tmp_path: Path) -> None:
+    message = refused(
+        base,
+        f"data.train_files={tmp_path}/none.jsonl",
+        f"data.val_files={tmp_path}/*.parquet",
+        f"actor_rollout_ref.model.path={tmp_path}/nowhere",
+        f"critic.model.path={tmp_path}",
+        f"reward.custom_reward_function.path={tmp_path}/none.py",
+    )
+    assert message.startswith("5 problems in the configuration:\n")
+    assert "critic.model.path=" in message
+
+
+def test_a_checkpoint_to_resume_from_must_exist(base: list[str]) -> None:
+    message = refused(base, "trainer.resume_mode=resume_path", "trainer.resume_from_path=/nowhere")
+    assert message.startswith("trainer.resume_from_path=/nowhere: no such directory; give a checkpoint")
+
+
+class TestModelPath:
+    @pytest.mark.parametrize("name", ["gpt2", "Qwen/Qwen2.5-0.5B"])
+    def test_a_hub_name_is_left_alone(self, name: str) -> None:
+        check_model_path(name, name)
+
+    @pytest.mark.parametrize("path", ["/nowhere/m", "./m", "~/nowhere-m", "models/mine/last"])
+    def test_a_local_path_that_does_not_exist(self, path: str) -> None:
+        with pytest.raises(ValueError, match=rf"actor_rollout_ref.model.path={path}: no such directory .*hub name"):
+            check_model_path(path, path)
+
+    @pytest.mark.parametrize(
+        ("missing", "complaint"),
+        [
+            ("config.json", "holds no config.json"),
+            ("tokenizer.json", "holds no tokenizer (tokenizer.json, "),
+            ("model.safetensors", "holds no weights"),
+        ],
+    )
+    def test_a_directory_without(self, tmp_path: Path, missing: str, complaint: str) -> None:
+        model = make_model(tmp_path / "m")
+        (model / missing).unlink()
+        with pytest.raises(ValueError) as error:
+            check_model_path(str(model), str(model))
+        assert f"actor_rollout_ref.model.path={model}: {complaint}" in str(error.value)
+
+    @pytest.mark.parametrize("content", ["{", "[]", "{}"])
+    def test_a_broken_config(self, tmp_path: Path, content: str) -> None:
+        model = make_model(tmp_path / "m")
+        (model / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=r"config.json (is not valid JSON|names no model_type)"):
+            check_model_path(str(model), str(model))
+
+    def test_a_tokenizer_elsewhere(self, tmp_path: Path) -> None:
+        model, other = make_model(tmp_path / "m"), make_model(tmp_path / "t")
+        (model / "tokenizer.json").unlink()
+        check_model_path(str(model), str(other))
+        (other / "tokenizer.json").unlink()
+        with pytest.raises(ValueError, match=rf"^actor_rollout_ref.model.tokenizer_path={other}: holds no tokenizer"):
+            check_model_path(str(model), str(other))
+
+    def test_a_file(self, tmp_path: Path) -> None:
+        file = make_model(tmp_path / "m") / "config.json"
+        with pytest.raises(ValueError, match="is a file; give the directory"):
+            check_model_path(str(file), str(file))
+
+
+class TestDataFiles:
+    def test_paths_and_globs(self, tmp_path: Path) -> None:
+        for name in ("b.jsonl", "a.jsonl", "c.parquet", "odd[1].json"):
+            (tmp_path / name).touch()
+        assert find_data_files([f"{tmp_path}/*.jsonl", f"{tmp_path}/c.parquet"], "k") == (
+            tmp_path / "a.jsonl",
+            tmp_path / "b.jsonl",
+            tmp_path / "c.parquet",
+        )
+        assert find_data_files([f"{tmp_path}/odd[1].json"], "k") == (tmp_path / "odd[1].json",)
+        assert find_data_files([], "k") == ()
+
+    @pytest.mark.parametrize(
+        ("name", "complaint"),
+        [
+            ("none.jsonl", "no such file"),
+            ("*.none", "no file matches"),
+            ("", "is a directory; name the files in it"),
+            ("a.csv", "unknown format .csv; give .parquet, .jsonl"),
+            ("bare", "unknown format null"),
+        ],
+    )
+    def test_refused(self, tmp_path: Path, name: str, complaint: str) -> None:
+        (tmp_path / "a.csv").touch()
+        (tmp_path / "bare").touch()
+        with pytest.raises(ValueError) as error:
+            find_data_files([f"{tmp_path}/{name}"], "data.val_files")
+        assert str(error.value).startswith("data.val_files=")
+        assert complaint in str(error.value)
+
+
+class TestRewardFunction:
+    def test_accepted(self, tmp_path: Path) -> None:
+        file = tmp_path / "mine.py"
+        file.write_text("def f(data_source, solution_str, ground_truth, extra_info=None):\n    return 1.0\n")
+        check_reward_function(str(file), "f")
+        check_reward_function(None, "anything")
+
+    @pytest.mark.parametrize(
+        ("path", "text"),
+        [
+            ("mine.py", "def f(:"),
+            ("mine.py", "import not_a_module_of_this_world"),
+            ("mine.py", "raise SystemExit(3)"),
+            ("mine.py", "def g(data_source, solution_str, ground_truth, extra_info=None): ..."),
+            ("mine.py", "f = 5"),
+            ("none.py", ""),
+        ],
+    )
+    def test_refused(self, tmp_path: Path, path: str, text: str) -> None:
+        (tmp_path / "mine.py").write_text(text)
+        with pytest.raises(ValueError, match=r"reward\.custom_reward_function\.path="):
+            check_reward_function(str(tmp_path / path), "f")
+
+    def test_no_such_module(self) -> None:
+        with pytest.raises(ValueError, match=r"reward\.custom_reward_function\.path=not\.a\.module"):
+            check_reward_function("not.a.module", "f")

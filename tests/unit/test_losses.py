@@ -1,0 +1,430 @@
+"""Losses against formulas written out with Python loops, and their independence of how a mini-batch is split."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensordict import TensorDict
+from torch import Tensor
+
+from trainer.algorithms import kl
+from trainer.algorithms.aggregation import AGGREGATION_MODES, aggregate, count_loss_tokens, normalizers
+from trainer.algorithms.losses import PolicyLoss, ValueLoss, policy_loss, value_loss
+from trainer.config.schema import ActorConfig, CriticConfig, KlCtrlConfig
+from workers.batch import Batch, MicroBatch
+from workers.normalizers import Normalizers
+
+VOCABULARY = 11
+LENGTH = 7.0
+CPU = torch.device("cpu")
+POLICY = PolicyLoss(
+    clip_low=0.2,
+    clip_high=0.28,
+    clip_c=3.0,
+    agg_mode="token-mean",
+    entropy_coeff=0.01,
+    calculate_entropy=False,
+    kl_loss_coef=0.1,
+    kl_loss_type="k3",
+    length=LENGTH,
+)
+VALUE = ValueLoss(clip=0.5, agg_mode="token-mean", length=LENGTH)
+INPUTS = ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs", "values", "returns", "base")
+COLUMNS = (*INPUTS, "entropy")
+
+
+def make_batch(seed: int, lengths: Sequence[int], dtype: torch.dtype = torch.float64) -> Batch:
+    """Random ragged sequences, three to a group, with every column a loss may read."""
+    rng = np.random.default_rng(seed)
+    total = sum(lengths)
+    columns = {name: torch.from_numpy(rng.normal(size=total)).to(dtype) for name in COLUMNS}
+    columns["rollout_logprobs"][torch.from_numpy(rng.random(total) < 0.3)] = math.nan
+    tokens = TensorDict({"loss_mask": torch.from_numpy(rng.random(total) < 0.7), **columns}, batch_size=[total])
+    group = np.arange(len(lengths), dtype=np.int32) // 3
+    prompts = [rng.integers(0, VOCABULARY, 1 + g).astype(np.int32) for g in range(len(lengths))]
+    responses = [rng.integers(0, VOCABULARY, n).astype(np.int32) for n in lengths]
+    return Batch([prompts[g] for g in group], responses, group, tokens)
+
+
+def norm_of(batch: Batch) -> Normalizers:
+    mask = batch.tokens.get("loss_mask").numpy()
+    return normalizers(count_loss_tokens(batch.lengths, mask), length=LENGTH)
+
+
+def run(loss: PolicyLoss | ValueLoss, micro: MicroBatch, theta: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a toy model whose prediction is a token's own offset plus a parameter that many tokens share."""
+    entropy = micro.tokens["entropy"] * (1.0 + theta.mean()) if loss.needs_entropy else None
+    return loss(micro.tokens["base"] + theta[micro.targets], entropy, micro)
+
+
+def whole(loss: PolicyLoss | ValueLoss, batch: Batch, theta: Tensor) -> tuple[float, Tensor, dict[str, float]]:
+    """Loss, gradient and metrics with everything in one micro-batch."""
+    return accumulate(loss, batch, theta, [list(range(len(batch)))])
+
+
+def accumulate(
+    loss: PolicyLoss | ValueLoss, batch: Batch, theta: Tensor, parts: Sequence[Sequence[int]]
+) -> tuple[float, Tensor, dict[str, float]]:
+    """What engines do: backward for each micro-batch, gradients and metrics added up."""
+    theta = theta.clone().requires_grad_()
+    total, metrics = 0.0, dict[str, float]()
+    for rows in parts:
+        micro = batch.micro_batch(rows, norm_of(batch), share_prompt=True, device=CPU)
+        value, measured = run(loss, micro, theta)
+        value.backward()
+        total += value.item()
+        for name, metric in measured.items():
+            assert metric.shape == () and not metric.requires_grad
+            add = max if name.endswith("_max") else min if name.endswith("_min") else lambda a, b: a + b
+            metrics[name] = add(metrics[name], metric.item()) if name in metrics else metric.item()
+    assert theta.grad is not None
+    return total, theta.grad, metrics
+
+
+def theta_of(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=VOCABULARY)).to(dtype)
+
+
+# --- formulas written out -------------------------------------------------------------------------------------------
+
+
+def by_sequence(batch: Batch, values: list[float]) -> list[list[float]]:
+    """Masked-in values of each sequence."""
+    mask, rows, start = batch.tokens["loss_mask"].tolist(), [], 0
+    for length in batch.lengths.tolist():
+        rows.append([values[i] for i in range(start, start + length) if mask[i]])
+        start += length
+    return rows
+
+
+def naive_aggregate(rows: list[list[float]], mode: str) -> float:
+    everything = [v for row in rows for v in row]
+    if mode == "token-mean":
+        return sum(everything) / len(everything)
+    if mode == "token-sum":
+        return sum(everything)
+    if mode == "seq-mean-token-sum":
+        return sum(sum(row) for row in rows) / len(rows)
+    if mode == "seq-mean-token-mean":
+        return sum(sum(row) / len(row) for row in rows if row) / len(rows)
+    return sum(sum(row) for row in rows) / len(rows) / LENGTH
+
+
+def naive_ppo(new: float, old: float, advantage: float, loss: PolicyLoss) -> float:
+    ratio = math.exp(min(max(new - old, -20.0), 20.0))
+    result = max(-advantage * ratio, -advantage * min(max(ratio, 1 - loss.clip_low), 1 + loss.clip_high))
+    return min(result, -advantage * loss.clip_c) if advantage < 0 else result
+
+
+def naive_k3(new: float, ref: float) -> float:
+    x = min(max(ref - new, -20.0), 20.0)
+    return min(max(math.exp(x) - x - 1.0, -10.0), 10.0)
+
+
+def naive_policy_loss(loss: PolicyLoss, batch: Batch, theta: list[float]) -> float:
+    columns = {name: batch.tokens[name].tolist() for name in COLUMNS}
+    targets = [int(t) for response in batch.responses for t in response]
+    new = [b + theta[t] for b, t in zip(columns["base"], targets, strict=True)]
+    scale = 1.0 + sum(theta) / len(theta)
+    per_token = []
+    for i, logprob in enumerate(new):
+        value = naive_ppo(logprob, columns["old_logprobs"][i], columns["advantages"][i], loss)
+        value -= loss.entropy_coeff * columns["entropy"][i] * scale
+        value += (loss.kl_loss_coef or 0.0) * naive_k3(logprob, columns["ref_logprobs"][i])
+        per_token.append(value)
+    return naive_aggregate(by_sequence(batch, per_token), loss.agg_mode)
+
+
+def naive_value_loss(loss: ValueLoss, batch: Batch, theta: list[float]) -> float:
+    targets = [int(t) for response in batch.responses for t in response]
+    rows = zip(*(batch.tokens[c].tolist() for c in ("base", "values", "returns")), targets, strict=True)
+    per_token = []
+    for base, old, target_return, target in rows:
+        new = base + theta[target]
+        near = min(max(new, old - loss.clip), old + loss.clip)
+        per_token.append(0.5 * max((new - target_return) ** 2, (near - target_return) ** 2))
+    return naive_aggregate(by_sequence(batch, per_token), loss.agg_mode)
+
+
+LENGTHS = [3, 0, 5, 1, 8, 2, 4]
+
+
+@pytest.mark.parametrize("mode", AGGREGATION_MODES)
+@pytest.mark.parametrize("kind", ["policy", "value"])
+def test_loss_and_gradient_are_the_formula(mode: str, kind: str) -> None:
+    loss = replace(POLICY, agg_mode=mode) if kind == "policy" else replace(VALUE, agg_mode=mode)
+    batch, theta = make_batch(5, LENGTHS), theta_of(6)
+
+    def naive(at: list[float]) -> float:
+        if isinstance(loss, PolicyLoss):
+            return naive_policy_loss(loss, batch, at)
+        return naive_value_loss(loss, batch, at)
+
+    value, gradient, _ = whole(loss, batch, theta)
+    assert value == pytest.approx(naive(theta.tolist()), rel=1e-12)
+    step = 1e-6
+    for i in range(VOCABULARY):
+        up, down = theta.tolist(), theta.tolist()
+        up[i] += step
+        down[i] -= step
+        assert gradient[i].item() == pytest.approx((naive(up) - naive(down)) / (2 * step), abs=1e-8)
+
+
+def one_token(loss: PolicyLoss, ratio: float, advantage: float) -> tuple[float, float, dict[str, float]]:
+    """Loss, its derivative by the log-prob and metrics for a single token."""
+    batch = make_batch(0, [1])
+    for name, value in {"advantages": advantage, "base": math.log(ratio), "old_logprobs": 0.0}.items():
+        batch.tokens[name] = torch.tensor([value], dtype=torch.float64)
+    batch.tokens["loss_mask"] = torch.tensor([True])
+    value, gradient, metrics = whole(loss, batch, torch.zeros(VOCABULARY, dtype=torch.float64))
+    return value, gradient.sum().item(), metrics
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "value", "slope", "clipped", "clipped_lower"),
+    [
+        (1.1, 2.0, -2.2, -2.2, 0, 0),  # inside the range
+        (1.5, 2.0, -2.56, 0.0, 1, 0),  # too likely already: bounded by 1 + 0.28
+        (0.5, 2.0, -1.0, -1.0, 0, 0),  # became less likely although good: pulled back
+        (0.5, -2.0, 1.6, 0.0, 1, 0),  # unlikely enough: bounded by 1 - 0.2
+        (1.5, -2.0, 3.0, 3.0, 0, 0),  # became more likely although bad: pushed down
+        (5.0, -2.0, 6.0, 0.0, 0, 1),  # dual clip at 3
+        (1.0, 0.0, 0.0, 0.0, 0, 0),
+    ],
+)
+def test_clipping_by_hand(
+    ratio: float, advantage: float, value: float, slope: float, clipped: int, clipped_lower: int
+) -> None:
+    loss = replace(POLICY, entropy_coeff=0.0, kl_loss_coef=None)
+    got, gradient, metrics = one_token(loss, ratio, advantage)
+    assert got == pytest.approx(value) and gradient == pytest.approx(slope)
+    assert metrics["actor/clip_frac"] == clipped and metrics["actor/clip_frac_lower"] == clipped_lower
+    assert metrics["actor/ppo_kl"] == pytest.approx(-math.log(ratio))
+    assert metrics["actor/ratio_max"] == pytest.approx(ratio) == metrics["actor/ratio_min"]
+    assert metrics["actor/loss"] == pytest.approx(value) == metrics["actor/pg_loss"]
+
+
+def test_gradient_at_ratio_one_is_the_policy_gradient() -> None:
+    """Without old log-probs, and with old log-probs equal to the new ones: d/dtheta of -mean(A log p)."""
+    loss = replace(POLICY, entropy_coeff=0.0, kl_loss_coef=None)
+    batch, theta = make_batch(1, LENGTHS), theta_of(2)
+    mask = batch.tokens["loss_mask"]
+    targets = torch.from_numpy(np.concatenate(batch.responses).astype(np.int64))
+    expected = torch.zeros(VOCABULARY, dtype=torch.float64)
+    expected.index_add_(0, targets, -batch.tokens["advantages"] * mask / mask.sum())
+    batch.tokens["old_logprobs"] = batch.tokens["base"] + theta[targets]
+    given_old = whole(loss, batch, theta)
+    del batch.tokens["old_logprobs"]
+    for value, gradient, metrics in (given_old, whole(loss, batch, theta)):
+        torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-15)
+        assert value == pytest.approx(-(batch.tokens["advantages"] * mask).sum().item() / mask.sum().item())
+        assert metrics["actor/ppo_kl"] == 0.0 and metrics["actor/clip_frac"] == 0.0
+        assert metrics["actor/ratio_max"] == 1.0 == metrics["actor/ratio_min"]
+
+
+# --- independence of the split --------------------------------------------------------------------------------------
+
+
+@st.composite
+def splits(draw: st.DrawFn) -> tuple[int, list[int], list[list[int]]]:
+    """Lengths, and the sequences in any order in any micro-batches (ranks only add up more of them), some empty."""
+    lengths = draw(st.lists(st.integers(0, 6), min_size=1, max_size=9))
+    order = draw(st.permutations(range(len(lengths))))
+    parts: list[list[int]] = [[] for _ in range(draw(st.integers(1, 5)))]
+    for row in order:
+        parts[draw(st.integers(0, len(parts) - 1))].append(row)
+    return draw(st.integers(0, 10**6)), lengths, parts
+
+
+@settings(deadline=None, max_examples=40)
+@given(split=splits(), mode=st.sampled_from(AGGREGATION_MODES), kind=st.sampled_from([POLICY, VALUE]))
+def test_any_split_gives_the_same(
+    split: tuple[int, list[int], list[list[int]]], mode: str, kind: PolicyLoss | ValueLoss
+) -> None:
+    seed, lengths, parts = split
+    loss, batch, theta = replace(kind, agg_mode=mode), make_batch(seed, lengths), theta_of(seed)
+    value, gradient, metrics = whole(loss, batch, theta)
+    value_split, gradient_split, metrics_split = accumulate(loss, batch, theta, parts)
+    assert value_split == pytest.approx(value, rel=1e-11, abs=1e-12)
+    torch.testing.assert_close(gradient_split, gradient, rtol=1e-10, atol=1e-12)
+    assert metrics_split == pytest.approx(metrics, rel=1e-6, abs=1e-12)  # shares of tokens are float32
+
+
+@settings(deadline=None, max_examples=15)
+@given(split=splits(), mode=st.sampled_from(AGGREGATION_MODES))
+def test_any_split_gives_the_same_in_float32(split: tuple[int, list[int], list[list[int]]], mode: str) -> None:
+    seed, lengths, parts = split
+    loss, batch = replace(POLICY, agg_mode=mode), make_batch(seed, lengths, torch.float32)
+    theta = theta_of(seed, torch.float32)
+    _, gradient, _ = whole(loss, batch, theta)
+    _, gradient_split, _ = accumulate(loss, batch, theta, parts)
+    assert (gradient - gradient_split).norm() <= 1e-6 * gradient.norm() + 1e-12
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 10**6), lengths=st.lists(st.integers(0, 6), min_size=1, max_size=8))
+def test_aggregate_alone(seed: int, lengths: list[int]) -> None:
+    batch = make_batch(seed, lengths)
+    micro = batch.micro_batch(range(len(lengths)), norm_of(batch), share_prompt=False, device=CPU)
+    mask, values = micro.tokens["loss_mask"], micro.tokens["base"]
+    for mode in AGGREGATION_MODES:
+        result = aggregate(values, mask, micro.sequence, micro.num_sequences, mode=mode, norm=micro.norm)
+        expected = naive_aggregate(by_sequence(batch, values.tolist()), mode) if mask.any() else 0.0
+        assert result.item() == pytest.approx(expected, rel=1e-12, abs=1e-14)
+
+
+# --- extreme inputs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", AGGREGATION_MODES)
+@pytest.mark.parametrize("shift", [1e3, -1e3])
+def test_wild_ratios_are_finite(mode: str, shift: float) -> None:
+    batch = make_batch(3, LENGTHS, torch.float32)
+    batch.tokens["base"] = batch.tokens["base"] + shift
+    value, gradient, metrics = whole(replace(POLICY, agg_mode=mode), batch, theta_of(3, torch.float32))
+    assert math.isfinite(value) and gradient.isfinite().all() and all(map(math.isfinite, metrics.values()))
+
+
+@pytest.mark.parametrize("loss", [POLICY, VALUE], ids=["policy", "value"])
+@pytest.mark.parametrize("mode", AGGREGATION_MODES)
+@pytest.mark.parametrize("lengths", [[4, 2], [0, 0], []], ids=["masked", "no tokens", "no sequences"])
+def test_nothing_to_learn_from(loss: PolicyLoss | ValueLoss, mode: str, lengths: list[int]) -> None:
+    """Zero, not NaN, even where masked tokens hold NaN."""
+    batch = make_batch(3, lengths)
+    batch.tokens["loss_mask"] = torch.zeros(sum(lengths), dtype=torch.bool)
+    for name in INPUTS:
+        batch.tokens[name] = torch.full((sum(lengths),), math.nan, dtype=torch.float64)
+    value, gradient, metrics = whole(replace(loss, agg_mode=mode), batch, theta_of(3))
+    assert value == 0.0 and gradient.eq(0.0).all()
+    assert all(map(math.isfinite, metrics.values()))
+
+
+@pytest.mark.parametrize("loss", [POLICY, VALUE], ids=["policy", "value"])
+def test_masked_tokens_do_not_reach_the_gradient(loss: PolicyLoss | ValueLoss) -> None:
+    batch, theta = make_batch(4, LENGTHS), theta_of(4)
+    before = whole(loss, batch, theta)
+    for name in INPUTS:
+        batch.tokens[name][~batch.tokens["loss_mask"]] = math.nan
+    after = whole(loss, batch, theta)
+    assert after[0] == before[0] and after[2] == before[2]
+    torch.testing.assert_close(after[1], before[1], rtol=0, atol=0)
+
+
+# --- the rest -------------------------------------------------------------------------------------------------------
+
+
+def test_mismatch_counts_only_what_was_asked() -> None:
+    batch = make_batch(0, [4])
+    batch.tokens["loss_mask"] = torch.tensor([True, True, True, False])
+    batch.tokens["old_logprobs"] = torch.tensor([-1.0, -2.0, -3.0, -4.0], dtype=torch.float64)
+    batch.tokens["rollout_logprobs"] = torch.tensor([-1.5, math.nan, -2.75, 9.0], dtype=torch.float64)
+    _, _, metrics = whole(POLICY, batch, theta_of(0))
+    assert metrics["mismatch/num_tokens"] == 2.0
+    assert metrics["mismatch/logprob_abs_diff_sum"] == pytest.approx(0.75)
+    assert metrics["mismatch/logprob_abs_diff_max"] == pytest.approx(0.5)
+    assert metrics["mismatch/kl_sum"] == pytest.approx(math.exp(0.5) - 1.5 + math.exp(-0.25) - 0.75)
+
+
+def test_metrics_follow_what_is_computed() -> None:
+    batch, theta = make_batch(0, LENGTHS), theta_of(0)
+    del batch.tokens["rollout_logprobs"], batch.tokens["ref_logprobs"]
+    bare = replace(POLICY, entropy_coeff=0.0, kl_loss_coef=None)
+    assert not bare.needs_entropy and not bare.needs_reference
+    names = "pg_loss ppo_kl clip_frac clip_frac_lower ratio_max ratio_min loss"
+    assert set(whole(bare, batch, theta)[2]) == {f"actor/{n}" for n in names.split()}
+    watched = whole(replace(bare, calculate_entropy=True), batch, theta)
+    assert watched[0] == whole(bare, batch, theta)[0] and "actor/entropy" in watched[2]
+    assert set(whole(VALUE, batch, theta)[2]) == {"critic/value_loss", "critic/clip_frac", "critic/value_mean"}
+
+
+def test_losses_from_configuration_travel() -> None:
+    actor = ActorConfig.model_construct(
+        clip_ratio_low=0.1,
+        clip_ratio_high=0.3,
+        clip_ratio_c=4.0,
+        loss_agg_mode="token-sum",
+        entropy_coeff=0.0,
+        calculate_entropy=True,
+        use_kl_loss=False,
+        kl_loss_coef=0.5,
+        kl_loss_type="k2",
+        loss_scale_factor=None,
+    )
+    loss = policy_loss(actor, 64)
+    assert loss == PolicyLoss(0.1, 0.3, 4.0, "token-sum", 0.0, True, None, "k2", 64.0)
+    assert policy_loss(actor.model_copy(update={"loss_scale_factor": 9.0, "use_kl_loss": True}), 64) == replace(
+        loss, length=9.0, kl_loss_coef=0.5
+    )
+    critic = CriticConfig.model_construct(cliprange_value=0.4, loss_agg_mode="token-mean")
+    assert value_loss(critic, 64) == ValueLoss(0.4, "token-mean", 64.0)
+    assert pickle.loads(pickle.dumps(loss)) == loss
+
+
+def test_unknown_names_are_refused() -> None:
+    batch = make_batch(0, [2])
+    with pytest.raises(ValueError, match="loss_agg_mode='mean' is unknown; choose one of token-mean"):
+        whole(replace(VALUE, agg_mode="mean"), batch, theta_of(0))
+    with pytest.raises(ValueError, match="KL estimator 'k4' is unknown"):
+        kl.estimate(torch.zeros(1), torch.zeros(1), "k4")
+
+
+def test_normalizers() -> None:
+    lengths, mask = np.array([2, 0, 3]), np.array([True, False, True, True, True])
+    assert count_loss_tokens(lengths, None).tolist() == [2, 0, 3]
+    counts = count_loss_tokens(lengths, mask)
+    assert counts.tolist() == [1, 0, 3]
+    assert normalizers(counts, length=8.0) == Normalizers(num_tokens=4.0, num_sequences=3.0, length=8.0)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("k1", "kl"), [0.5, -0.5, 1000.0]),
+        (("abs",), [0.5, 0.5, 1000.0]),
+        (("k2", "mse"), [0.125, 0.125, 500000.0]),
+        (("k3", "low_var_kl"), [math.exp(-0.5) - 0.5, math.exp(0.5) - 1.5, 10.0]),
+    ],
+)
+def test_kl_estimators(names: Sequence[str], expected: list[float]) -> None:
+    logprobs = torch.tensor([-1.0, -2.0, 0.0], dtype=torch.float64)
+    reference = torch.tensor([-1.5, -1.5, -1000.0], dtype=torch.float64)
+    for name in names:
+        assert kl.estimate(logprobs, reference, name).tolist() == pytest.approx(expected)
+
+
+def test_k3_keeps_small_divergences() -> None:
+    """x^2 / 2 for a small difference, which exp(x) - 1 - x in float32 would round away."""
+    small = kl.k3(torch.tensor([0.0]), torch.tensor([1e-3]))
+    assert small.item() == pytest.approx(5e-7, rel=1e-2)
+
+
+def test_kl_in_the_reward() -> None:
+    logprobs, reference = torch.tensor([0.0, 0.0, 0.0, 0.0]), torch.tensor([-1.0, -3.0, -5.0, math.nan])
+    mask = torch.tensor([True, True, True, False])
+    rewards, mean = kl.reward_penalty(logprobs, reference, mask, torch.tensor([2, 1, 1, 0]), kind="k1", coef=0.5)
+    assert rewards.tolist() == [-0.5, -1.5, -2.5, 0.0]
+    assert mean == pytest.approx((2.0 + 5.0 + 0.0 + 0.0) / 4)
+
+
+def test_kl_controllers() -> None:
+    cfg = KlCtrlConfig.model_construct(type="adaptive", kl_coef=0.1, horizon=1000, target_kl=2.0)
+    controller = kl.kl_controller(cfg)
+    controller.update(current_kl=2.2, num_sequences=100)  # 10 % too high
+    assert controller.coef == pytest.approx(0.1 * 1.01)
+    controller.update(current_kl=100.0, num_sequences=100)  # held at 20 %
+    assert controller.coef == pytest.approx(0.1 * 1.01 * 1.02)
+    resumed = kl.kl_controller(cfg)
+    resumed.load_state_dict(controller.state_dict())
+    assert resumed.coef == controller.coef
+    fixed = kl.kl_controller(cfg.model_copy(update={"type": "fixed"}))
+    fixed.update(current_kl=100.0, num_sequences=100)
+    fixed.load_state_dict(fixed.state_dict())
+    assert fixed.coef == 0.1

@@ -1,0 +1,140 @@
+"""From YAML and overrides to a typed `Config`.
+
+`load_config(["data.train_files=train.jsonl", ...])` is for tests and scripts; the command line goes through
+`trainer.main`, where Hydra composes the tree and `type_tree` types it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+
+from trainer.config.aliases import translate_tree
+from trainer.config.complaints import explain
+from trainer.config.errors import UserError, raise_problems
+from trainer.config.keys import known_keys
+from trainer.config.overrides import overridden_keys, prepare_overrides
+from trainer.config.schema import Config
+
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+DEFAULT_CONFIG_NAME = "ppo_trainer"
+COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
+"""What Hydra raises while it reads and merges the YAML; `compose_error` words them."""
+
+_HINTS = {
+    "data.train_files": "give the training prompts, e.g. data.train_files=data/train.parquet",
+    "actor_rollout_ref.model.path": "give a directory or hub name, e.g. actor_rollout_ref.model.path=Qwen/Qwen2.5-0.5B",
+}
+
+
+def load_config(
+    overrides: Sequence[str] = (), config_name: str = DEFAULT_CONFIG_NAME, *, config_dir: Path = CONFIG_DIR
+) -> Config:
+    """Compose `config_name` with the overrides and return it typed; notices go to standard error.
+
+    Raises ValueError for everything that `check_override_keys` and `to_config` refuse, and for an unknown name.
+    """
+    prepared, notices = prepare_overrides(overrides)
+    if config_dir != CONFIG_DIR:
+        prepared.append(searchpath_override())
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(config_dir.resolve()), version_base="1.3"):
+            tree = compose(config_name=config_name, overrides=prepared)
+    except COMPOSE_ERRORS as error:
+        raise compose_error(error, config_name, config_dir) from error
+    config, more = type_tree(tree, overrides=prepared)
+    for notice in (*notices, *more):
+        print(f"note: {notice}", file=sys.stderr)
+    return config
+
+
+def to_config(tree: DictConfig) -> Config:
+    """Resolve a composed tree and return it typed.
+
+    Raises ValueError listing every problem as `key=value: what is wrong; what to do`: values left at `???`,
+    interpolations to nowhere, unknown keys (with the nearest name), missing keys and impossible values.
+    """
+    return type_tree(tree)[0]
+
+
+def type_tree(tree: DictConfig, *, overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:
+    """As `to_config`; also translate older spellings in the YAML and return a notice for each.
+
+    overrides: as given on the command line; the keys they set win over an older spelling in the YAML.
+    """
+    raw = OmegaConf.to_container(tree, resolve=False)
+    assert isinstance(raw, dict)
+    nested = {str(key): value for key, value in raw.items()}
+    notices = translate_tree(nested, keep=overridden_keys(overrides))
+    raise_problems([_missing(key) for key in _unset(nested)])
+    try:
+        values = OmegaConf.to_container(OmegaConf.create(nested), resolve=True)
+    except OmegaConfBaseException as error:
+        key = error.full_key or "configuration"
+        raise UserError(f"{key}: {str(error).partition(chr(10))[0]}; name an existing key in ${{...}}") from error
+    assert isinstance(values, dict)
+    try:
+        return Config.model_validate(values), notices
+    except ValidationError as error:
+        raise_problems(explain(error, {str(key): value for key, value in values.items()}, known_keys()))
+        raise
+
+
+def compose_error(error: Exception, config_name: str, *config_dirs: Path) -> UserError:
+    """Word an error of `COMPOSE_ERRORS` for the user."""
+    if isinstance(error, MissingConfigException):
+        if error.missing_cfg_file == config_name:
+            return UserError(_no_such_config(config_name, config_dirs))
+        return UserError(f"{_first_paragraph(error)}; name a file of one of {_listed(config_dirs)}")
+    cause = f": {_first_paragraph(error.__cause__)}" if error.__cause__ is not None else ""
+    return UserError(f"{_first_paragraph(error)}{cause}")
+
+
+def searchpath_override() -> str:
+    """The override that lets a configuration outside `configs/` start from `ppo_trainer`."""
+    return f"hydra.searchpath=['file://{CONFIG_DIR}']"
+
+
+def _no_such_config(name: str, config_dirs: Sequence[Path]) -> str:
+    names = sorted(
+        path.relative_to(directory).with_suffix("").as_posix()
+        for directory in config_dirs
+        for path in directory.rglob("*.yaml")
+    )
+    nearest = get_close_matches(name, names, n=1)
+    remedy = f"did you mean {nearest[0]}?" if nearest else f"choose one of {', '.join(names)}"
+    return f"--config-name={name}: no {name}.yaml in {_listed(config_dirs)}; {remedy}"
+
+
+def _listed(directories: Sequence[Path]) -> str:
+    return ", ".join(str(directory) for directory in directories)
+
+
+def _first_paragraph(error: BaseException) -> str:
+    return str(error).partition("\n\n")[0].replace("\n", " ").rstrip(".")
+
+
+def _unset(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the keys whose value is still `???`."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _unset(value, f"{prefix}{name}.")
+        elif value == "???":
+            yield f"{prefix}{name}"
+
+
+def _missing(key: str) -> str:
+    hint = _HINTS.get(key, f"give it on the command line, {key}=...")
+    return f"{key}=???: has no default; {hint}"

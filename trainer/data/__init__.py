@@ -1,0 +1,1 @@
+"""Prompts: files to rows, rows to token ids, and the order in which training sees them."""

@@ -1,0 +1,116 @@
+"""The loop. One step, read aloud: take prompts; generate and score; annotate with log-probs and values; compute
+advantages; update critic and actor; publish the weights; report.
+
+The driver holds references and numbers, not tokens. It knows no algorithm (a function of `Samples` makes advantages),
+no engine, no device: an absent role is a null object, the source owns the replicas' memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from trainer.advantage import AdvantageComputer
+from trainer.evaluation import Evaluation
+from trainer.measure import Metrics, advantage_metrics, sample_metrics, update_metrics
+from trainer.roles import Role
+from trainer.samples import Samples
+from trainer.scoring import drop_failed
+from trainer.sources import SyncSource
+from trainer.state import TrainState
+from trainer.tracking.phases import Phases
+from workers.protocol import Prompt
+from workers.rollout.spec import SamplingSpec
+from workers.sync.sync import WeightSync
+
+TRAIN, VALIDATE = 0, 1
+"""Kinds of generate calls, part of their seeds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cadence:
+    """When things happen, in steps. old_logprobs: several updates per batch need the log-probs of before the first."""
+
+    total_steps: int
+    test_freq: int
+    save_freq: int
+    critic_warmup: int
+    old_logprobs: bool
+    max_reward_error_rate: float
+    batch_size: int
+
+
+@dataclass(slots=True)
+class Driver:
+    """One training run, ready to go."""
+
+    state: TrainState
+    prompts: list[Prompt]
+    source: SyncSource
+    actor: Role
+    reference: Role
+    critic: Role
+    advantages: AdvantageComputer
+    sync: WeightSync
+    sampling: SamplingSpec
+    evaluation: Evaluation
+    cadence: Cadence
+    phases: Phases
+
+    def step(self) -> tuple[Samples, Metrics]:
+        """One training step; returns its samples, for people to look at, and its metrics."""
+        step = self.state.step + 1
+        rows = self.state.order.next_batch(self.cadence.batch_size)
+        prompts = [self.prompts[row] for row in rows]
+        samples = self.source.generate(f"train-{step}", prompts, self.sampling, seed=(TRAIN, step), sleep=True)
+        samples, errors = drop_failed(samples, max_error_rate=self.cadence.max_reward_error_rate)
+        with self.phases("annotate"):
+            self.reference.annotate(samples, "ref_logprobs")
+            self.critic.annotate(samples, "values")
+            if self.cadence.old_logprobs:
+                self.actor.annotate(samples, "old_logprobs")
+            advantages, measured = self.advantages.compute(samples, self.state.kl)
+        with self.phases("update"):
+            metrics = update_metrics("critic", self.critic.update(samples, step=step))
+            if step > self.cadence.critic_warmup:
+                metrics |= update_metrics("actor", self.actor.update(samples, step=step))
+        metrics |= self.publish()
+        self.state.step = step
+        return samples, metrics | errors | measured | sample_metrics(samples) | advantage_metrics(advantages)
+
+    def publish(self) -> Metrics:
+        """Gives the replicas the actor's weights of now."""
+        with self.phases("sync"):
+            self.source.wake_weights()
+            report = self.sync.publish(self.state.weight_version + 1)
+            self.source.wake_cache()
+        self.state.weight_version = report.version
+        return {
+            "sync/weight_version": float(report.version),
+            "sync/bytes": float(report.num_bytes),
+            "sync/parameters": float(report.parameters),
+        }
+
+    def validate(self) -> tuple[Metrics, Samples | None]:
+        """Held-out performance with the replicas' present weights."""
+        with self.phases("validate"):
+            return self.evaluation.run(self.source, seed=(VALIDATE, self.state.step))
+
+    def is_validation_due(self) -> bool:
+        """Every test_freq steps and after the last."""
+        step, cadence = self.state.step, self.cadence
+        return step >= cadence.total_steps or (cadence.test_freq > 0 and step % cadence.test_freq == 0)
+
+    def is_checkpoint_due(self) -> bool:
+        """Every save_freq steps and after the last."""
+        step, cadence = self.state.step, self.cadence
+        return step >= cadence.total_steps or (cadence.save_freq > 0 and step % cadence.save_freq == 0)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.state.step >= self.cadence.total_steps
+
+
+def validation_sampling(training: SamplingSpec, *, n: int, temperature: float, top_p: float, top_k: int) -> SamplingSpec:
+    """Sampling of validation: as in training but for these."""
+    return replace(training, n=n, temperature=temperature, top_p=top_p, top_k=top_k, logprobs="none")

@@ -1,0 +1,103 @@
+"""What a run reads before anything starts: tokenizer, prompts, the model's shape and end-of-sequence tokens."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.config.schema import Config, DataConfig
+from trainer.data.dataset import PromptDataset
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_FINGERPRINT = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """model_path, tokenizer_path: absolute, or a hub name. hidden_size, num_parameters_hint: of the model's config.
+
+    fingerprint: what makes a checkpoint of this model this model's. eos_ids: tokens that end a response.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    train: PromptDataset
+    validation: PromptDataset | None
+    model_path: str
+    tokenizer_path: str
+    hidden_size: int
+    fingerprint: dict[str, Any]
+    eos_ids: tuple[int, ...]
+
+
+def load_inputs(cfg: Config) -> Inputs:
+    """Reads and checks everything. Raises ValueError naming the key for what cannot be used."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    model = cfg.actor_rollout_ref.model
+    model_path, tokenizer_path = absolute(model.path), absolute(model.tokenizer_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=model.trust_remote_code)
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"actor_rollout_ref.model.path={model.path}: config or tokenizer cannot be loaded: {error}; give a directory "
+            "with a Hugging Face checkpoint, or a hub name this machine can reach"
+        ) from error
+    _apply_template(tokenizer, cfg.data)
+    fields = config.to_dict() | model.override_config
+    data = cfg.data
+    train = PromptDataset.load(
+        data, tokenizer, data.train_files, "data.train_files", max_samples=data.train_max_samples
+    )
+    validation = None
+    if data.val_files is not None:
+        validation = PromptDataset.load(
+            data, tokenizer, data.val_files, "data.val_files", max_samples=data.val_max_samples
+        )
+    return Inputs(
+        tokenizer=tokenizer,
+        train=train,
+        validation=validation,
+        model_path=model_path,
+        tokenizer_path=tokenizer_path,
+        hidden_size=int(fields["hidden_size"]),
+        fingerprint={key: fields[key] for key in _FINGERPRINT if key in fields},
+        eos_ids=_eos_ids(tokenizer.eos_token_id, config.eos_token_id, model_path),
+    )
+
+
+def absolute(path: str) -> str:
+    """A local path made absolute (workers may run elsewhere); a hub name as it is."""
+    local = Path(path).expanduser()
+    return str(local.resolve()) if local.exists() else path
+
+
+def _apply_template(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> None:
+    if data.chat_template is not None:
+        file = Path(data.chat_template)
+        tokenizer.chat_template = file.read_text() if "{" not in data.chat_template and file.is_file() else data.chat_template
+
+
+def _eos_ids(*sources: Any) -> tuple[int, ...]:
+    """Union of the tokenizer's, the config's and generation_config.json's ends of sequence."""
+    *given, model_path = sources
+    generation = Path(model_path) / "generation_config.json"
+    if generation.is_file():
+        given.append(json.loads(generation.read_text()).get("eos_token_id"))
+    found: list[int] = []
+    for value in given:
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(sorted(set(found)))

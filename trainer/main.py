@@ -1,0 +1,114 @@
+"""Train:  python -m trainer.main data.train_files=train.parquet actor_rollout_ref.model.path=org/model [key=value ...]
+
+    python -m trainer.main --config-name quickstart            a recipe in configs/
+    python -m trainer.main --config-dir my --config-name mine  a recipe of your own: my/mine.yaml
+    python -m trainer.main --cfg job [--resolve]               print the configuration and exit
+    python -m trainer.main ... trainer.dry_run=true            print roles, devices and batch sizes and exit
+
+Composes the configuration, checks it, and hands it to `trainer.run`. A mistake of the user's is one message on
+standard error and exit status 2. Nothing heavy (torch, Ray, vLLM) is imported before the configuration is right.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from omegaconf import DictConfig
+
+from trainer.config.errors import UserError, user_errors
+from trainer.config.load import (
+    COMPOSE_ERRORS,
+    CONFIG_DIR,
+    DEFAULT_CONFIG_NAME,
+    compose_error,
+    searchpath_override,
+    type_tree,
+)
+from trainer.config.overrides import prepare_overrides
+from trainer.config.validate import validate
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (without the program's name; None: that of this process) and return its status."""
+    notices: list[str] = []
+    try:
+        _train(list(sys.argv[1:] if argv is None else argv), notices)
+    except UserError as error:
+        for notice in notices:
+            print(f"note: {notice}", file=sys.stderr)
+        red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
+        print(f"{red}error:{plain} {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _train(argv: list[str], notices: list[str]) -> None:
+    with user_errors():
+        tree, overrides = _compose(argv, notices)
+        if tree is None:
+            return
+        config, translated = type_tree(tree, overrides=overrides)
+        notices += translated
+        notices += validate(config)
+    from trainer.run import run  # torch and Ray take seconds to import; a wrong configuration is told at once
+
+    run(config, notices)
+
+
+def _compose(argv: list[str], notices: list[str]) -> tuple[DictConfig | None, list[str]]:
+    """Let Hydra read the command line; None where it only printed something (--help, --cfg, ...)."""
+    arguments = get_args_parser().parse_intermixed_args(argv)
+    if arguments.multirun:
+        raise UserError("--multirun: not supported, one process is one run; loop over the settings in the shell")
+    overrides = list(arguments.overrides)
+    if not arguments.shell_completion:  # its arguments are not overrides
+        overrides, changed = prepare_overrides(overrides)
+        notices += changed
+    if arguments.config_path is not None:
+        overrides.append(searchpath_override())
+    flags = [argument for argument in argv if argument not in arguments.overrides]
+    composed: list[DictConfig] = []
+
+    @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=DEFAULT_CONFIG_NAME)
+    def keep(tree: DictConfig) -> None:  # the run happens outside Hydra, which would cut its tracebacks and exit status
+        composed.append(tree)
+
+    with _hydra_reads([*overrides, *flags]):
+        try:
+            keep()
+        except COMPOSE_ERRORS as error:
+            name = arguments.config_name or DEFAULT_CONFIG_NAME
+            raise compose_error(error, name, *_config_dirs(arguments)) from error
+    return (composed[0] if composed else None), overrides
+
+
+@contextmanager
+def _hydra_reads(argv: list[str]) -> Iterator[None]:
+    """Give Hydra this command line, and have its errors raised instead of printed."""
+    old_argv, old_setting = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv, os.environ["HYDRA_FULL_ERROR"] = [sys.argv[0], *argv], "1"
+    try:
+        yield
+    finally:
+        sys.argv = old_argv
+        if old_setting is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = old_setting
+
+
+def _config_dirs(arguments: Namespace) -> list[Path]:
+    """Where this command line looks for configurations."""
+    added = [Path(path) for path in (arguments.config_path, arguments.config_dir) if path is not None]
+    return [*added, CONFIG_DIR]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""The training-side roles as the driver sees them: actor, reference, critic. An absent one does nothing.
+
+A role plans micro-batches from lengths, hands every rank its share, and adds up what comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.algorithms.aggregation import normalizers
+from trainer.batching import Limits, MiniBatch, plan_batch, plan_forward, to_local
+from trainer.samples import Samples
+from workers.engines.base import Loss, StepResult, Update
+from workers.group import WorkerGroup
+from workers.train_worker import Column, TrainWorker
+
+RankOf = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateSettings:
+    """How one batch becomes optimizer steps. length: divisor of seq-mean-token-sum-norm, tokens."""
+
+    loss: Loss
+    entropy: bool
+    groups_per_minibatch: int
+    epochs: int
+    shuffle_seed: int | None
+    length: float
+    columns: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateReport:
+    """Metrics averaged over the optimizer steps of one batch; maxima and minima are of all of them."""
+
+    metrics: dict[str, float]
+    grad_norm: float
+    lr: float
+    num_updates: int
+    num_skipped: int
+    peak_bytes: int
+
+
+class Role(Protocol):
+    """A training-side role."""
+
+    def annotate(self, samples: Samples, column: str) -> None:
+        """Adds what the model says of the response tokens (log-probs or values) as a column."""
+
+    def update(self, samples: Samples, *, step: int) -> UpdateReport | None:
+        """Trains on the batch."""
+
+    def save(self, directory: Path) -> None:
+        """Writes the role's state."""
+
+    def load(self, directory: Path) -> None:
+        """Restores the role's state."""
+
+
+class AbsentRole:
+    """No critic, no reference: the null object."""
+
+    def annotate(self, samples: Samples, column: str) -> None:
+        """Nothing."""
+
+    def update(self, samples: Samples, *, step: int) -> None:
+        """Nothing."""
+
+    def save(self, directory: Path) -> None:
+        """Nothing."""
+
+    def load(self, directory: Path) -> None:
+        """Nothing."""
+
+
+class TrainRole:
+    """One model on a group of training ranks."""
+
+    def __init__(
+        self,
+        name: str,
+        group: WorkerGroup,
+        *,
+        limits: Limits,
+        temperature: float,
+        hidden_size: int,
+        timeout_s: float,
+        settings: UpdateSettings | None,
+    ) -> None:
+        self.name = name
+        self.group = group
+        self._limits = limits
+        self._temperature = temperature
+        self._hidden_size = hidden_size
+        self._timeout_s = timeout_s
+        self._settings = settings
+
+    def annotate(self, samples: Samples, column: str) -> None:
+        """One forward pass; the values stay on the training side, as references."""
+        ranks = rank_of(samples, len(self.group), self._hidden_size)
+        plan = plan_forward(
+            samples.meta.prompt_length,
+            samples.meta.response_length,
+            samples.meta.group,
+            num_ranks=len(self.group),
+            limits=self._limits,
+            rank_of=ranks,
+            hidden_size=self._hidden_size,
+        )
+        shares = [np.flatnonzero(ranks == r) for r in range(len(self.group))]
+        arguments = [
+            (self.name, samples.rank_batch(rows, len(self.group)), (), to_local(plan.ranks[r], rows), self._temperature)
+            for r, rows in enumerate(shares)
+        ]
+        call, payloads = self.group.scatter_with_payload(TrainWorker.forward, arguments)
+        call.result(self._timeout_s)
+        samples.columns[column] = Column(column, tuple(zip(payloads, shares, strict=True)))
+
+    def update(self, samples: Samples, *, step: int) -> UpdateReport:
+        """All optimizer steps of one batch."""
+        settings = self._settings
+        assert settings is not None, f"{self.name} is not trained"
+        plan = plan_batch(
+            samples.meta.prompt_length,
+            samples.meta.response_length,
+            samples.meta.group,
+            groups_per_minibatch=settings.groups_per_minibatch,
+            num_ranks=len(self.group),
+            limits=self._limits,
+            epochs=settings.epochs,
+            shuffle_seed=None if settings.shuffle_seed is None else (settings.shuffle_seed, step),
+            rank_of=rank_of(samples, len(self.group), self._hidden_size),
+            hidden_size=self._hidden_size,
+        )
+        shares = [plan.rows_of_rank(r) for r in range(len(self.group))]
+        columns = tuple(samples.columns[name] for name in settings.columns if name in samples.columns)
+        arguments = [
+            (
+                self.name,
+                samples.rank_batch(rows, len(self.group)),
+                tuple(_for_rank(c, rows, samples) for c in columns),
+                _updates(plan.minibatches, r, rows, samples, settings.length),
+                settings.loss,
+                self._temperature,
+                settings.entropy,
+            )
+            for r, rows in enumerate(shares)
+        ]
+        results = self.group.scatter(TrainWorker.update, arguments).result(self._timeout_s)
+        return _report(results[0][0], max(peak for _, peak in results))
+
+    def save(self, directory: Path) -> None:
+        """Writes model and optimizer."""
+        self.group.broadcast(TrainWorker.save, self.name, str(directory)).result(self._timeout_s)
+
+    def load(self, directory: Path) -> None:
+        """Restores model and optimizer."""
+        self.group.broadcast(TrainWorker.load, self.name, str(directory)).result(self._timeout_s)
+
+    def save_hf(self, directory: Path) -> None:
+        """Writes a Hugging Face copy of the model."""
+        self.group.broadcast(TrainWorker.save_hf, self.name, str(directory)).result(self._timeout_s)
+
+
+def rank_of(samples: Samples, num_ranks: int, hidden_size: int) -> RankOf:
+    """Which rank holds which row, [S]: the same for every pass over a batch, so that ranks build it once."""
+    plan = plan_batch(
+        samples.meta.prompt_length,
+        samples.meta.response_length,
+        samples.meta.group,
+        groups_per_minibatch=max(1, len(samples.prompts)),
+        num_ranks=num_ranks,
+        limits=Limits(max_tokens=1 << 60),
+        hidden_size=hidden_size,
+    )
+    return plan.rank_of
+
+
+def _for_rank(column: Column, rows: RankOf, samples: Samples) -> Column:
+    """A column computed here and small enough to travel is cut to the rank's rows."""
+    (source, covered), *more = column.parts
+    if more or not isinstance(source, np.ndarray):
+        return column
+    ends = np.cumsum(samples.meta.response_length)
+    pieces = [source[ends[r] - samples.meta.response_length[r] : ends[r]] for r in rows]
+    flat = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.float32)
+    return Column(column.name, ((flat, rows),))
+
+
+def _updates(
+    minibatches: Sequence[MiniBatch], rank: int, rows: RankOf, samples: Samples, length: float
+) -> list[Update]:
+    return [
+        Update(to_local(m.ranks[rank], rows), normalizers(samples.meta.loss_tokens[m.rows], length=length))
+        for m in minibatches
+    ]
+
+
+def _report(results: Sequence[StepResult], peak_bytes: int) -> UpdateReport:
+    names = {name for r in results for name in r.metrics}
+    done = [r for r in results if not r.skipped]
+    return UpdateReport(
+        metrics={name: _merge(name, [r.metrics for r in results if name in r.metrics]) for name in sorted(names)},
+        grad_norm=float(np.mean([r.grad_norm for r in done])) if done else float("nan"),
+        lr=results[-1].lr if results else 0.0,
+        num_updates=len(done),
+        num_skipped=len(results) - len(done),
+        peak_bytes=peak_bytes,
+    )
+
+
+def _merge(name: str, metrics: Sequence[Mapping[str, float]]) -> float:
+    values = [m[name] for m in metrics]
+    if name.endswith("_max"):
+        return max(values)
+    if name.endswith("_min"):
+        return min(values)
+    return float(np.sum(values) if name.startswith("mismatch/") else np.mean(values))

@@ -1,0 +1,33 @@
+"""What becomes of rewards that could not be computed: counted, told, left out; too many of them end the run."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from trainer.samples import Samples
+
+
+class RewardErrorRate(RuntimeError):
+    """More rewards failed in one step than reward.max_error_rate allows."""
+
+
+def drop_failed(samples: Samples, *, max_error_rate: float) -> tuple[Samples, dict[str, float]]:
+    """The samples whose reward is known, and the metrics that count the others.
+
+    A failed reward is never a zero: the response takes no part in the step. Raises RewardErrorRate above the rate, or
+    where no response is left.
+    """
+    kept = np.flatnonzero(np.fromiter((not e for e in samples.errors), dtype=np.bool_, count=len(samples.errors)))
+    failed = len(samples) - len(kept)
+    rate = failed / max(1, len(samples))
+    metrics = {"reward/errors": float(failed), "reward/error_rate": rate}
+    if failed and (rate > max_error_rate or not len(kept)):
+        common = Counter(e for e in samples.errors if e).most_common(3)
+        told = "; ".join(f"{count} x {message}" for message, count in common)
+        raise RewardErrorRate(
+            f"{failed} of {len(samples)} rewards failed ({rate:.1%}), more than reward.max_error_rate={max_error_rate}: "
+            f"{told}. Mend the reward function, or raise reward.timeout_s or reward.max_error_rate"
+        )
+    return (samples.take(kept) if failed else samples), metrics

@@ -1,0 +1,170 @@
+"""Packed attention without padding, one function for every engine.
+
+The rows of a packed micro-batch attend along `Segments`: causal runs in which a prompt shared by several responses
+appears once per response, although its projections were computed once. On CPU the runs are gathered into a few
+rectangles of similar length for PyTorch's SDPA: causal attention never looks right, so the padding on the right of a
+run cannot be seen and needs no mask. On CUDA the runs go to PyTorch's variable-length flash attention.
+
+Registered with transformers under `ATTENTION_NAME`; models get the segments as the keyword `segments`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from workers.batch import Segments
+
+ATTENTION_NAME = "tandem_packed"
+BUCKET_WASTE = 1.25
+"""Runs share a rectangle on CPU while its longest is at most this much longer than its shortest."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLayout:
+    """`Segments` made ready for one device, computed once per micro-batch and used by every layer.
+
+    rectangles: for CPU, pairs (rows [n, length] of the packed input, ...) one per bucket of runs.
+    unpack: for CPU, [num_tokens], where each packed row's output lies in the concatenated rectangles.
+    cumulative: for CUDA, [num_runs + 1] int32 run boundaries in `rows`.
+    """
+
+    rows: Tensor
+    owner: Tensor
+    rectangles: tuple[tuple[int, int], ...]
+    cumulative: Tensor
+    max_length: int
+
+
+def prepare(segments: Segments) -> PackedLayout:
+    """Lays the runs out for the device their tensors are on."""
+    lengths = np.asarray(segments.lengths, dtype=np.int64)
+    cumulative = np.concatenate([[0], np.cumsum(lengths)])
+    if segments.rows.device.type == "cpu":
+        return _rectangles(segments, lengths, cumulative)
+    bounds = torch.from_numpy(cumulative.astype(np.int32)).to(segments.rows.device, non_blocking=True)
+    return PackedLayout(segments.rows, segments.owner, (), bounds, int(lengths.max()))
+
+
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float) -> Tensor:
+    """Causal attention along the layout's runs.
+
+    query: [num_tokens, num_heads, head_dim]; key, value: [num_tokens, num_kv_heads, head_dim].
+    Returns [num_tokens, num_heads, head_dim].
+    """
+    if query.device.type == "cpu":
+        expanded = _sdpa(query, key, value, layout, scale)
+    else:
+        expanded = _varlen(query, key, value, layout, scale)
+    return gather_rows(expanded, layout.owner)
+
+
+def hf_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`packed_attention` behind transformers' attention interface: [1, heads, tokens, dim] in, [1, tokens, heads, dim] out.
+
+    Raises RuntimeError where the model did not hand `segments` down (a model whose layers drop keyword arguments).
+    """
+    layout = kwargs.get("segments")
+    if layout is None:
+        raise RuntimeError(f"{type(module).__name__} did not pass `segments` on: this architecture cannot run packed")
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    return packed_attention(q, k, v, layout, scaling).unsqueeze(0), None
+
+
+def register() -> None:
+    """Makes the attention known to transformers (idempotent)."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION_NAME, hf_attention)
+
+
+class _GatherRows(torch.autograd.Function):
+    """x[index] along dim 0 whose backward is one pass over rows (torch's index_select adds row by row on CPU)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.num_rows = x.shape[0]
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        (grad,) = grads
+        flat = grad.reshape(grad.shape[0], -1)
+        total = torch.ops.aten.embedding_dense_backward(flat, index, ctx.num_rows, -1, False)
+        return total.view(ctx.num_rows, *grad.shape[1:]), None
+
+
+def gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    """x[index] along dim 0, differentiable; rows may repeat."""
+    out: Tensor = _GatherRows.apply(x, index)
+    return out
+
+
+def _rectangles(segments: Segments, lengths: np.ndarray, starts: np.ndarray) -> PackedLayout:
+    """Runs sorted by length and cut into buckets; one flat gather index for all of them."""
+    rows = segments.rows.numpy()
+    gather: list[np.ndarray] = []
+    place = np.empty(len(rows), dtype=np.int64)  # run element -> its place in the rectangles
+    shapes: list[tuple[int, int]] = []
+    size = 0
+    for runs in _buckets(lengths):
+        width = int(lengths[runs].max())
+        columns = np.minimum(np.arange(width), lengths[runs][:, None] - 1)  # past the end: repeat the last element
+        elements = starts[runs][:, None] + columns
+        gather.append(rows[elements].reshape(-1))
+        inside = np.arange(width) < lengths[runs][:, None]
+        place[elements[inside]] = (np.arange(elements.size).reshape(elements.shape) + size)[inside]
+        shapes.append((len(runs), width))
+        size += elements.size
+    owner = torch.from_numpy(place[segments.owner.numpy()])
+    index = torch.from_numpy(np.concatenate(gather))
+    return PackedLayout(index, owner, tuple(shapes), torch.from_numpy(starts.astype(np.int32)), int(lengths.max()))
+
+
+def _buckets(lengths: np.ndarray) -> Iterator[np.ndarray]:
+    order = np.argsort(lengths, kind="stable")
+    start = 0
+    for end in range(1, len(order) + 1):
+        if end == len(order) or lengths[order[end]] > BUCKET_WASTE * lengths[order[start]]:
+            yield order[start:end]
+            start = end
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float) -> Tensor:
+    gathered = [gather_rows(x, layout.rows) for x in (query, key, value)]
+    outputs: list[Tensor] = []
+    start = 0
+    for count, width in layout.rectangles:
+        block = [x[start : start + count * width].unflatten(0, (count, width)).transpose(1, 2) for x in gathered]
+        out = F.scaled_dot_product_attention(*block, is_causal=True, scale=scale, enable_gqa=True)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+        start += count * width
+    return torch.cat(outputs)
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    repeat = query.shape[1] // key.shape[1]
+    q, k, v = (gather_rows(x, layout.rows) for x in (query, key, value))
+    k, v = (x.repeat_interleave(repeat, dim=1) if repeat > 1 else x for x in (k, v))
+    bounds, longest = layout.cumulative, layout.max_length
+    out: Tensor = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0))
+    return out

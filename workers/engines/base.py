@@ -1,0 +1,109 @@
+"""The contract between the driver and whatever trains: `TrainEngine`, and the settings it is built from.
+
+An engine knows no algorithm. It gets its loss as a function `loss(outputs, entropy, micro_batch) -> (loss, metrics)`,
+where outputs are the log-probabilities (or values) of the response tokens. The loss is already divided by global
+counts, so gradients and metrics of micro-batches and ranks simply add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from workers.batch import Batch, MicroBatch
+from workers.normalizers import Normalizers
+
+Loss = Callable[[Tensor, Tensor | None, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
+MicroBatches = Sequence[Sequence[int]]
+"""Rows of a Batch, one sequence of rows per micro-batch; every rank has the same number of micro-batches."""
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerSpec:
+    """AdamW and its schedule. total_steps: optimizer steps of the whole run, for the schedule."""
+
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float]
+    eps: float
+    clip_grad: float
+    lr_scheduler_type: Literal["constant", "cosine"]
+    warmup_steps: int
+    min_lr_ratio: float
+    total_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """How to build one engine.
+
+    head: "logprobs" (a language model) or "values" (the same body with a scalar head).
+    optimizer: None builds an engine that only runs forward (a reference model).
+    dtype, master_dtype: torch dtype names of compute and of the stored weights.
+    """
+
+    model_path: str
+    head: Literal["logprobs", "values"]
+    dtype: str
+    master_dtype: str
+    optimizer: OptimizerSpec | None
+    gradient_checkpointing: bool
+    share_prompt: bool
+    reshard_after_forward: bool
+    wrap_min_num_params: int
+    trust_remote_code: bool = False
+    override_config: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One optimizer step: which rows in which micro-batches on this rank, and the global counts of the loss."""
+
+    micro_batches: MicroBatches
+    norm: Normalizers
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one optimizer step did: metrics summed over micro-batches and ranks, gradient norm, whether it was skipped
+    because loss or gradient was not finite, and the learning rate used."""
+
+    metrics: dict[str, float]
+    grad_norm: float
+    lr: float
+    skipped: bool
+
+
+class TrainEngine(Protocol):
+    """A model on one training rank, sharded over its process group."""
+
+    def forward(self, batch: Batch, micro_batches: MicroBatches, *, temperature: float) -> Tensor:
+        """Log-probs (or values) of all response tokens of the rows, float32 [batch.num_tokens], no gradient."""
+        ...
+
+    def train_step(
+        self, batch: Batch, update: Update, loss: Loss, *, temperature: float, entropy: bool
+    ) -> StepResult:
+        """One optimizer step over the micro-batches."""
+        ...
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor, tuple[int, ...], int]]:
+        """(HF name, this rank's rows, full shape, first row) of each parameter, tied ones once, rank-local rows only."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Writes model and optimizer state (collective); `load` takes it back under any number of ranks."""
+        ...
+
+    def load(self, directory: Path) -> None:
+        """Restores what `save` wrote."""
+        ...
+
+    def save_hf(self, directory: Path) -> None:
+        """Writes a Hugging Face copy of the model (collective)."""
+        ...

@@ -1,0 +1,98 @@
+"""Hugging Face models with the two heads training needs: log-probs of response tokens, and values.
+
+The head is part of the module's forward, so a sharding engine sees one root module and gathers the output layer with it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from workers.engines import attention
+from workers.engines.attention import PackedLayout, gather_rows
+from workers.engines.base import EngineSpec
+from workers.engines.logprobs import token_logprobs
+
+
+class LogprobModel(nn.Module):
+    """A causal language model that answers with the log-probs of given tokens."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        layout: PackedLayout,
+        predictor: Tensor,
+        targets: Tensor,
+        temperature: float,
+        entropy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Packed rows in, float32 log-probs [R] (and entropy [R]) of the targets out."""
+        hidden = _body(self.model, input_ids, position_ids, layout)
+        weight = self.model.get_output_embeddings().weight
+        return token_logprobs(gather_rows(hidden, predictor), weight, targets, temperature=temperature, entropy=entropy)
+
+
+class ValueModel(nn.Module):
+    """A language model's body with a scalar head: the value of the state each response token was chosen in."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model.base_model
+        self.value_head = nn.Linear(model.config.hidden_size, 1, bias=False, dtype=model.dtype)
+        nn.init.zeros_(self.value_head.weight)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        layout: PackedLayout,
+        predictor: Tensor,
+        targets: Tensor,
+        temperature: float,
+        entropy: bool,
+    ) -> tuple[Tensor, None]:
+        """Packed rows in, float32 values [R] out; targets, temperature and entropy play no part."""
+        hidden = self.model(
+            input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, segments=layout
+        ).last_hidden_state.squeeze(0)
+        return self.value_head(gather_rows(hidden, predictor)).squeeze(-1).float(), None
+
+
+def load_model(spec: EngineSpec) -> LogprobModel | ValueModel:
+    """The spec's model on CPU with its weights in `master_dtype`."""
+    attention.register()
+    config = AutoConfig.from_pretrained(spec.model_path, trust_remote_code=spec.trust_remote_code)
+    for name, value in spec.override_config.items():
+        setattr(config, name, value)
+    model = AutoModelForCausalLM.from_pretrained(
+        spec.model_path,
+        config=config,
+        dtype=getattr(torch, spec.master_dtype),
+        attn_implementation=attention.ATTENTION_NAME,
+        trust_remote_code=spec.trust_remote_code,
+    )
+    if spec.gradient_checkpointing and spec.optimizer is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    wrapped = LogprobModel(model) if spec.head == "logprobs" else ValueModel(model)
+    return wrapped.train(spec.optimizer is not None)
+
+
+def decoder_layers(module: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of the model, in order: the modules of the longest ModuleList of one class."""
+    lists = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
+    return list(max(lists, key=len)) if lists else []
+
+
+def _body(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, layout: PackedLayout) -> Tensor:
+    arguments: dict[str, Any] = {"use_cache": False, "segments": layout}
+    output = model.base_model(input_ids=input_ids[None], position_ids=position_ids[None], **arguments)
+    hidden: Tensor = output.last_hidden_state
+    return hidden.squeeze(0)

@@ -1,0 +1,31 @@
+"""AdamW as language models are trained with it, and its learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from workers.engines.base import OptimizerSpec
+
+
+def make_optimizer(module: nn.Module, spec: OptimizerSpec) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) without weight decay on norms and biases."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": spec.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
+
+
+def learning_rate(spec: OptimizerSpec, step: int) -> float:
+    """Learning rate of optimizer step `step`, counted from 0: linear warm-up, then constant or cosine."""
+    if step < spec.warmup_steps:
+        return spec.lr * (step + 1) / spec.warmup_steps
+    if spec.lr_scheduler_type == "constant":
+        return spec.lr
+    progress = (step - spec.warmup_steps) / max(1, spec.total_steps - spec.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return spec.lr * (spec.min_lr_ratio + (1 - spec.min_lr_ratio) * cosine)

@@ -1,0 +1,66 @@
+"""Weights from the training ranks to the replicas: bucket by bucket, the next one written while one is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from workers.group import WorkerGroup
+from workers.rollout.vllm.replica import VllmReplica
+from workers.sync.shm import Bucket
+from workers.train_worker import TrainWorker
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """One weight sync: version now held by every replica, parameters and bytes sent to each."""
+
+    version: int
+    parameters: int
+    num_bytes: int
+
+
+class WeightSync:
+    """Publishes one role's weights. Both groups live on one node: the channel is shared memory."""
+
+    def __init__(self, trainers: WorkerGroup, replicas: WorkerGroup, role: str, timeout_s: float) -> None:
+        self._trainers = trainers
+        self._replicas = replicas
+        self._role = role
+        self._timeout_s = timeout_s
+        self._num_buckets = 0
+
+    def open(self, dtype: str, bucket_bytes: int) -> None:
+        """Plans the buckets; once, after the engines are built."""
+        opened = self._trainers.broadcast(TrainWorker.open_weights, self._role, dtype, bucket_bytes)
+        self._num_buckets = opened.result(self._timeout_s)[0]
+
+    def publish(self, version: int) -> SyncReport:
+        """Gives every replica the trainers' weights of now, numbered `version`.
+
+        Raises RuntimeError unless every replica holds exactly the trainers' weights, every parameter written once.
+        """
+        replicas = self._replicas.broadcast(VllmReplica.begin_update)
+        written = self._trainers.broadcast(TrainWorker.publish_bucket, 0).result(self._timeout_s)
+        replicas.result(self._timeout_s)
+        buckets: list[Bucket] = []
+        for number in range(self._num_buckets):
+            buckets += written
+            loading = self._replicas.broadcast(VllmReplica.load_bucket, [b.as_message() for b in written])
+            if number + 1 < self._num_buckets:
+                written = self._trainers.broadcast(TrainWorker.publish_bucket, number + 1).result(self._timeout_s)
+            loading.result(self._timeout_s)
+        reports = self._replicas.broadcast(VllmReplica.finish_update, version).result(self._timeout_s)
+        return _verified(buckets, reports, version)
+
+
+def _verified(buckets: list[Bucket], reports: list[dict[str, int]], version: int) -> SyncReport:
+    sent = sum(b.checksum for b in buckets) % (1 << 64)
+    for rank, report in enumerate(reports):
+        if report["values_sent"] != report["values_held"]:
+            raise RuntimeError(
+                f"weight sync {version}: {report['values_sent']} values were sent to replica {rank}, "
+                f"which holds {report['values_held']}"
+            )
+        if report["checksum"] != sent:
+            raise RuntimeError(f"weight sync {version}: replica {rank} does not hold the trainers' weights (checksum)")
+    return SyncReport(version, reports[0]["parameters"], sum(b.num_bytes for b in buckets))

@@ -1,0 +1,216 @@
+"""One process per training device, hosting every training-side role mapped to it: actor, reference, critic.
+
+The driver sends which rows of which rollout blocks a rank works on; the blocks come from Ray's object store, straight
+from the replicas that made them. Results that only other workers need go back there; the driver gets numbers.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from workers.protocol import RolloutBlock, split
+
+if TYPE_CHECKING:
+    from workers.batch import Batch
+    from workers.engines.base import EngineSpec, Loss, MicroBatches, StepResult, TrainEngine, Update
+    from workers.sync.shm import Bucket, Shard, ShmPublisher
+
+FlatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One per-token field of a batch, in parts wherever they were made.
+
+    parts: (flat array or reference to one, the batch rows it covers in its order).
+    """
+
+    name: str
+    parts: tuple[tuple[Any, npt.NDArray[np.int64]], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RankBatch:
+    """What one rank needs to put its batch together.
+
+    key: one batch of one rank; workers keep the last one they built.
+    blocks: references to RolloutBlocks; index: [num_rows, 2] = (block, row in block), in this rank's order.
+    rows: [num_rows] global row numbers; lengths: [total rows] response lengths of the whole batch.
+    """
+
+    key: str
+    blocks: tuple[Any, ...]
+    index: npt.NDArray[np.intp]
+    rows: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+
+
+class TrainWorker:
+    """Rank `rank` of `world_size` on one device. Methods are called on all ranks together.
+
+    device: "cpu" or "cuda"; local_device: CUDA device number on this node; threads: CPU threads of PyTorch.
+    timeout_s: of collectives among the ranks.
+    """
+
+    def __init__(
+        self, rank: int, world_size: int, device: str, local_device: int, threads: int, timeout_s: float
+    ) -> None:
+        if device == "cpu":
+            os.environ["OMP_NUM_THREADS"] = str(threads)
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = str(local_device)
+        self._rank = rank
+        self._world_size = world_size
+        self._device_type = device
+        self._threads = threads
+        self._timeout = timedelta(seconds=timeout_s)
+        self._engines: dict[str, TrainEngine] = {}
+        self._publisher: ShmPublisher | None = None
+        self._shards: Sequence[Shard] = ()
+        self._cached: tuple[str, Batch] | None = None
+        self._store: Any = None
+
+    def rendezvous(self) -> tuple[str, int]:
+        """Rank 0 opens the store the others meet at; the port is the system's choice and never let go."""
+        from torch.distributed import TCPStore
+
+        host = socket.gethostbyname(socket.gethostname()) if self._device_type == "cuda" else "127.0.0.1"
+        self._store = TCPStore(
+            host, 0, self._world_size, is_master=True, timeout=self._timeout, wait_for_workers=False
+        )
+        return host, int(self._store.port)
+
+    def connect(self, host: str, port: int) -> None:
+        """Joins the process group of all ranks."""
+        import torch
+        import torch.distributed as dist
+        from torch.distributed import TCPStore
+
+        if self._device_type == "cpu":
+            torch.set_num_threads(self._threads)
+        if self._store is None:
+            self._store = TCPStore(host, port, self._world_size, timeout=self._timeout)
+        dist.init_process_group(
+            "gloo" if self._device_type == "cpu" else "cpu:gloo,cuda:nccl",
+            store=self._store,
+            rank=self._rank,
+            world_size=self._world_size,
+            timeout=self._timeout,
+        )
+
+    def build(self, role: str, spec: EngineSpec) -> int:
+        """Builds the engine of a role; returns its number of parameters."""
+        import torch
+        from torch.distributed.device_mesh import init_device_mesh
+
+        from workers.engines.fsdp import FSDPEngine
+
+        mesh = init_device_mesh(self._device_type, (self._world_size,))
+        device = torch.device(self._device_type)
+        engine = FSDPEngine(spec, mesh, device)
+        self._engines[role] = engine
+        return sum(int(np.prod(shape)) for _, _, shape, _ in engine.export_weights())
+
+    def forward(
+        self,
+        role: str,
+        batch: RankBatch,
+        columns: Sequence[Column],
+        micro_batches: MicroBatches,
+        temperature: float,
+    ) -> tuple[int, FlatArray]:
+        """Log-probs or values of this rank's response tokens: (their number, the values for the object store)."""
+        local = self._batch(batch, columns)
+        values = self._engines[role].forward(local, micro_batches, temperature=temperature).numpy()
+        return len(values), values
+
+    def update(
+        self,
+        role: str,
+        batch: RankBatch,
+        columns: Sequence[Column],
+        updates: Sequence[Update],
+        loss: Loss,
+        temperature: float,
+        entropy: bool,
+    ) -> tuple[list[StepResult], int]:
+        """Runs the optimizer steps of one batch in order; returns their results and the largest memory held, bytes."""
+        local = self._batch(batch, columns)
+        engine = self._engines[role]
+        results = [engine.train_step(local, u, loss, temperature=temperature, entropy=entropy) for u in updates]
+        return results, self._peak_bytes()
+
+    def open_weights(self, role: str, dtype: str, bucket_bytes: int) -> int:
+        """Gets a role's weights ready to publish; returns the number of buckets (the same on every rank)."""
+        from workers.sync.shm import ShmPublisher
+
+        if self._publisher is None:
+            self._publisher = ShmPublisher(dtype, bucket_bytes)
+        self._shards = tuple(self._engines[role].export_weights())
+        return self._publisher.num_buckets(self._shards)
+
+    def publish_bucket(self, number: int) -> Bucket:
+        """Writes this rank's rows of one bucket where replicas can read them."""
+        assert self._publisher is not None
+        return self._publisher.write(self._shards, number)
+
+    def save(self, role: str, directory: str) -> None:
+        """Writes a role's state (collective)."""
+        self._engines[role].save(Path(directory))
+
+    def load(self, role: str, directory: str) -> None:
+        """Restores a role's state (collective)."""
+        self._engines[role].load(Path(directory))
+
+    def save_hf(self, role: str, directory: str) -> None:
+        """Writes a Hugging Face copy of a role's model (collective)."""
+        self._engines[role].save_hf(Path(directory))
+
+    def _peak_bytes(self) -> int:
+        if self._device_type == "cpu":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+
+    def _batch(self, wanted: RankBatch, columns: Sequence[Column]) -> Batch:
+        import ray
+
+        from workers.batch import Batch
+
+        if self._cached is None or self._cached[0] != wanted.key:
+            blocks: list[RolloutBlock] = ray.get(list(wanted.blocks))
+            self._cached = (wanted.key, Batch.from_blocks(blocks, wanted.index))
+        batch = self._cached[1]
+        for column in columns:
+            batch.set_column(column.name, _collect(column, wanted))
+        return batch
+
+
+def _collect(column: Column, wanted: RankBatch) -> FlatArray:
+    """This rank's values of a column, in its own row order."""
+    import ray
+
+    place: Mapping[int, int] = {int(row): i for i, row in enumerate(wanted.rows)}
+    pieces: list[FlatArray] = [np.empty(0, dtype=np.float32)] * len(place)
+    for source, rows in column.parts:
+        if len(rows) == len(wanted.rows) and np.array_equal(rows, wanted.rows):
+            flat: FlatArray = ray.get(source) if isinstance(source, ray.ObjectRef) else source
+            return flat
+        hits = [(int(row), i) for i, row in enumerate(rows) if int(row) in place]
+        if hits:
+            values = ray.get(source) if isinstance(source, ray.ObjectRef) else source
+            parts = split(values, wanted.lengths[rows].astype(np.int32))
+            for row, i in hits:
+                pieces[place[row]] = parts[i]
+    return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.float32)
