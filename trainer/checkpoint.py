@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def write(
     *,
     state: dict[str, Any],
     fingerprint: dict[str, Any],
-    writers: dict[str, Callable[[Path], None]],
+    writers: Mapping[str, Callable[[Path], None]],
     keep: int | None,
 ) -> Path:
     """Writes checkpoint `step` below `root`; each writer fills one subdirectory. Removes all but the newest `keep`.
@@ -87,7 +87,9 @@ def read(path: Path) -> Checkpoint | None:
     return Checkpoint(path, manifest["step"], manifest["state"], manifest["fingerprint"])
 
 
-def choose(root: Path, resume_mode: str, resume_from_path: str | None, fingerprint: dict[str, Any]) -> Checkpoint | None:
+def choose(
+    root: Path, resume_mode: str, resume_from_path: str | None, fingerprint: dict[str, Any]
+) -> Checkpoint | None:
     """The checkpoint to resume from, or None to start anew.
 
     Raises ValueError for a path that is no complete checkpoint, and for a checkpoint of another model.

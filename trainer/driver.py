@@ -111,6 +111,8 @@ class Driver:
         return self.state.step >= self.cadence.total_steps
 
 
-def validation_sampling(training: SamplingSpec, *, n: int, temperature: float, top_p: float, top_k: int) -> SamplingSpec:
+def validation_sampling(
+    training: SamplingSpec, *, n: int, temperature: float, top_p: float, top_k: int
+) -> SamplingSpec:
     """Sampling of validation: as in training but for these."""
     return replace(training, n=n, temperature=temperature, top_p=top_p, top_k=top_k, logprobs="none")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.config.schema import Config, DataConfig
+from trainer.config.schema import Config
 from trainer.data.dataset import PromptDataset
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _FINGERPRINT = (
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """model_path, tokenizer_path: absolute, or a hub name. hidden_size, num_parameters_hint: of the model's config.
+    """model_path, tokenizer_path: absolute, or a hub name. hidden_size: of the model's config.
 
     fingerprint: what makes a checkpoint of this model this model's. eos_ids: tokens that end a response.
     """
@@ -56,7 +56,6 @@ def load_inputs(cfg: Config) -> Inputs:
             f"actor_rollout_ref.model.path={model.path}: config or tokenizer cannot be loaded: {error}; give a directory "
             "with a Hugging Face checkpoint, or a hub name this machine can reach"
         ) from error
-    _apply_template(tokenizer, cfg.data)
     fields = config.to_dict() | model.override_config
     data = cfg.data
     train = PromptDataset.load(
@@ -83,12 +82,6 @@ def absolute(path: str) -> str:
     """A local path made absolute (workers may run elsewhere); a hub name as it is."""
     local = Path(path).expanduser()
     return str(local.resolve()) if local.exists() else path
-
-
-def _apply_template(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> None:
-    if data.chat_template is not None:
-        file = Path(data.chat_template)
-        tokenizer.chat_template = file.read_text() if "{" not in data.chat_template and file.is_file() else data.chat_template
 
 
 def _eos_ids(*sources: Any) -> tuple[int, ...]:

@@ -39,27 +39,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (without the program's name; None: that of this process) and return its status."""
     notices: list[str] = []
     try:
-        _train(list(sys.argv[1:] if argv is None else argv), notices)
+        return _train(list(sys.argv[1:] if argv is None else argv), notices)
     except UserError as error:
         for notice in notices:
             print(f"note: {notice}", file=sys.stderr)
         red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
         print(f"{red}error:{plain} {error}", file=sys.stderr)
         return 2
-    return 0
 
 
-def _train(argv: list[str], notices: list[str]) -> None:
+def _train(argv: list[str], notices: list[str]) -> int:
     with user_errors():
         tree, overrides = _compose(argv, notices)
         if tree is None:
-            return
+            return 0
         config, translated = type_tree(tree, overrides=overrides)
         notices += translated
         notices += validate(config)
     from trainer.run import run  # torch and Ray take seconds to import; a wrong configuration is told at once
 
-    run(config, notices)
+    shown_by_run = notices.copy()
+    notices.clear()
+    return run(config, shown_by_run)
 
 
 def _compose(argv: list[str], notices: list[str]) -> tuple[DictConfig | None, list[str]]:

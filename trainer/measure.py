@@ -53,7 +53,10 @@ def update_metrics(role: str, report: UpdateReport | None) -> Metrics:
         return {}
     metrics = dict(report.metrics)
     count = metrics.get("mismatch/num_tokens", 0.0)
-    for name, mean in (("mismatch/logprob_abs_diff_sum", "mismatch/logprob_abs_diff_mean"), ("mismatch/kl_sum", "mismatch/kl")):
+    for name, mean in (
+        ("mismatch/logprob_abs_diff_sum", "mismatch/logprob_abs_diff_mean"),
+        ("mismatch/kl_sum", "mismatch/kl"),
+    ):
         if name in metrics:
             total = metrics.pop(name)
             metrics[mean] = total / count if count else float("nan")

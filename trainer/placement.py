@@ -129,7 +129,9 @@ def _local_indices(group: PlacementGroup, count: int, kind: DeviceType) -> list[
         return [0] * count
     probe = ray.remote(num_cpus=0, num_gpus=1)(_visible_gpu)
     refs = [
-        probe.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i)).remote()
+        probe.options(
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i)
+        ).remote()
         for i in range(count)
     ]
     return [int(i) for i in ray.get(refs, timeout=120)]

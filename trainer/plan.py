@@ -10,7 +10,7 @@ from trainer.checkpoint import Checkpoint
 from trainer.config.schema import Config
 from trainer.inputs import Inputs
 from trainer.placement import Cluster
-from trainer.setup import Sizes
+from trainer.specs import Sizes
 from trainer.tracking.console import batch_table, startup_table
 
 
@@ -38,7 +38,9 @@ def role_rows(cfg: Config, cluster: Cluster) -> list[dict[str, object]]:
     kind = cluster.device_type
 
     def row(role: str, mapping: object, engine: str, parallel: str, dtype: str) -> dict[str, object]:
-        devices = f"{kind} 0-{total - 1}" if mapping is None and total > 1 else f"{kind} {0 if mapping is None else mapping}"
+        devices = (
+            f"{kind} 0-{total - 1}" if mapping is None and total > 1 else f"{kind} {0 if mapping is None else mapping}"
+        )
         return {"role": role, "devices": devices, "engine": engine, "parallelism": parallel, "compute": dtype}
 
     fsdp = f"{total} ranks" if total > 1 else "1 rank"

@@ -27,7 +27,8 @@ from trainer.measure import Metrics
 from trainer.plan import show_plan
 from trainer.roles import TrainRole
 from trainer.samples import Samples
-from trainer.setup import Sizes, Workers, build, sizes, start_workers
+from trainer.setup import Workers, build, start_workers
+from trainer.specs import Sizes, sizes
 from trainer.tracking.console import make_console
 from trainer.tracking.phases import Phases
 from trainer.tracking.records import CompletionRow
@@ -156,7 +157,7 @@ class Run:
         advantages = samples.sequence_means("advantages") if "advantages" in samples.columns else None
         rows = []
         for row in spread:
-            prompt, response = (self.inputs.tokenizer.decode(ids) for ids in samples.fetch_tokens(row))
+            prompt, response = (str(self.inputs.tokenizer.decode(ids)) for ids in samples.fetch_tokens(row))
             truth = samples.prompts[int(samples.meta.group[row])].ground_truth
             rows.append(
                 CompletionRow(
@@ -220,9 +221,7 @@ def command_line() -> str:
     return " ".join(["python -m trainer.main", *sys.argv[1:]])
 
 
-def _prepare(
-    cfg: Config, run_dir: Path
-) -> tuple[Inputs, Sizes, checkpoint.Checkpoint | None, placement.Cluster]:
+def _prepare(cfg: Config, run_dir: Path) -> tuple[Inputs, Sizes, checkpoint.Checkpoint | None, placement.Cluster]:
     """Everything that can be wrong, before any actor starts. Ray starts while tokenizer and data are read."""
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(load_inputs, cfg)
@@ -253,11 +252,15 @@ def _execute(
     write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(cfg.model_dump(mode="json"))))
     workers: Workers = start_workers(cfg, inputs, cluster)
     phases = Phases()
-    driver = build(cfg, inputs, workers, derived, phases, len(cluster.devices))
+    driver = build(cfg, inputs, workers, derived, phases)
     if resume is not None:
         _restore(driver, resume, cfg)
     tracker = make_tracker(
-        cfg, run_dir, total_steps=derived.total_steps, resume_step=None if resume is None else resume.step, console=console
+        cfg,
+        run_dir,
+        total_steps=derived.total_steps,
+        resume_step=None if resume is None else resume.step,
+        console=console,
     )
     driver.publish()
     session = Run(cfg, inputs, derived, driver, tracker, phases, run_dir, started, stop)

@@ -114,7 +114,8 @@ class Samples:
         if bool((self.meta.loss_tokens == self.meta.response_length).all()):
             return None
         masks = [self._block_mask(ray.get(ref)) for ref in self.blocks]
-        return np.concatenate([masks[b][r] for b, r in self.where])
+        mask: npt.NDArray[np.bool_] = np.concatenate([masks[b][r] for b, r in self.where])
+        return mask
 
     def fetch_tokens(self, row: int) -> tuple[list[int], list[int]]:
         """Prompt and response token ids of one sequence, for people to look at."""

@@ -1,4 +1,4 @@
-"""From configuration to a ready `Driver`: specs, worker groups, roles."""
+"""Starts the workers and puts a `Driver` together."""
 
 from __future__ import annotations
 
@@ -11,120 +11,78 @@ from trainer.advantage import AdvantageComputer
 from trainer.algorithms.kl import kl_controller
 from trainer.algorithms.losses import policy_loss, value_loss
 from trainer.batching import Limits
-from trainer.config.schema import Config, CriticConfig, FsdpConfig, OptimConfig, RefFsdpConfig
+from trainer.config.schema import Config
 from trainer.config.validate import role_devices
-from trainer.data.order import PromptOrder, steps_per_epoch
+from trainer.data.order import PromptOrder
 from trainer.driver import Cadence, Driver, validation_sampling
 from trainer.evaluation import Evaluation
-from trainer.inputs import Inputs, absolute
+from trainer.inputs import Inputs
 from trainer.placement import Cluster, start
 from trainer.roles import AbsentRole, Role, TrainRole, UpdateSettings
 from trainer.sources import SyncSource
+from trainer.specs import Sizes, actor_spec, critic_spec, reference_spec, rollout_spec, sampling_spec
 from trainer.state import TrainState
 from trainer.tracking.phases import Phases
-from workers.engines.base import EngineSpec, OptimizerSpec
+from workers.engines.base import EngineSpec
 from workers.group import WorkerGroup
 from workers.reward.decoding import decoder_json
 from workers.reward.function import RewardSpec
 from workers.reward.worker import RewardWorker
-from workers.rollout.spec import RolloutSpec, SamplingSpec
 from workers.rollout.vllm.replica import VllmReplica
 from workers.sync.sync import WeightSync
 from workers.train_worker import TrainWorker
 
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """What follows from the configuration. Steps are training steps, updates optimizer steps."""
-
-    steps_per_epoch: int
-    total_steps: int
-    actor_updates_per_step: int
-    critic_updates_per_step: int
+_KEYS = {"actor": "actor_rollout_ref.actor", "ref": "actor_rollout_ref.ref", "critic": "critic"}
 
 
 @dataclass(frozen=True, slots=True)
 class Workers:
-    """All actors of the run. train: per set of devices, one group."""
+    """All actors of the run. train: role to the group of its ranks; roles on the same devices share one."""
 
     replicas: WorkerGroup
     scorers: WorkerGroup
-    train: dict[tuple[int, ...], WorkerGroup]
-
-
-def sizes(cfg: Config, inputs: Inputs) -> Sizes:
-    """Derived counts. Raises ValueError if the data have fewer prompts than a batch."""
-    batch = cfg.data.train_batch_size
-    per_epoch = steps_per_epoch(len(inputs.train), batch)
-    actor, critic = cfg.actor_rollout_ref.actor, cfg.critic
-    return Sizes(
-        steps_per_epoch=per_epoch,
-        total_steps=cfg.trainer.total_training_steps or per_epoch * cfg.trainer.total_epochs,
-        actor_updates_per_step=batch // actor.ppo_mini_batch_size * actor.ppo_epochs,
-        critic_updates_per_step=batch // critic.ppo_mini_batch_size * critic.ppo_epochs,
-    )
+    train: dict[str, WorkerGroup]
 
 
 def start_workers(cfg: Config, inputs: Inputs, cluster: Cluster) -> Workers:
     """Starts every actor; returns at once, while they import what they need."""
-    total = len(cluster.devices)
-    timeout_s = cfg.trainer.step_timeout_s
-    train: dict[tuple[int, ...], WorkerGroup] = {}
-    for name, mapping in _train_roles(cfg).items():
-        ranks = role_devices(mapping, f"{name}.device_mapping", num_devices=total)
-        if ranks not in train:
-            actors = [
-                start(
-                    TrainWorker,
-                    cluster.devices[device],
-                    rank,
-                    len(ranks),
-                    cluster.device_type,
-                    cluster.devices[device].local_index,
-                    cluster.threads(len(ranks)),
-                    timeout_s,
-                )
-                for rank, device in enumerate(ranks)
-            ]
-            train[ranks] = WorkerGroup(f"train[{_ranges(ranks)}]", actors)
-    return Workers(_start_replicas(cfg, inputs, cluster), _start_scorers(cfg, inputs), train)
+    replicas = _start_replicas(cfg, inputs, cluster)
+    groups: dict[tuple[int, ...], WorkerGroup] = {}
+    train: dict[str, WorkerGroup] = {}
+    for role, ranks in _role_ranks(cfg, len(cluster.devices)).items():
+        if ranks not in groups:
+            groups[ranks] = _start_ranks(cfg, cluster, ranks)
+        train[role] = groups[ranks]
+    return Workers(replicas, _start_scorers(cfg, inputs), train)
 
 
-def connect_ranks(workers: Workers, timeout_s: float) -> None:
-    """The ranks of each training group meet."""
-    for group in workers.train.values():
+def build(cfg: Config, inputs: Inputs, workers: Workers, sizes: Sizes, phases: Phases) -> Driver:
+    """Builds the engines, waits until every worker is ready, and puts the driver together."""
+    timeout_s = cfg.trainer.startup_timeout_s
+    for group in {id(g): g for g in workers.train.values()}.values():
         host, port = ray.get(group.actors[0].rendezvous.remote(), timeout=timeout_s)
         group.broadcast(TrainWorker.connect, host, port).result(timeout_s)
-
-
-def build(cfg: Config, inputs: Inputs, workers: Workers, sizes: Sizes, phases: Phases, num_devices: int) -> Driver:
-    """Builds the engines and puts the driver together."""
-    timeout_s = cfg.trainer.startup_timeout_s
-    connect_ranks(workers, timeout_s)
-    specs = _engine_specs(cfg, inputs, sizes)
-    groups = {
-        name: workers.train[role_devices(mapping, f"{name}.device_mapping", num_devices=num_devices)]
-        for name, mapping in _train_roles(cfg).items()
-    }
-    for name, group in groups.items():
-        group.broadcast(TrainWorker.build, name, specs[name]).result(timeout_s)
+    for role, spec in _engine_specs(cfg, inputs, sizes).items():
+        workers.train[role].broadcast(TrainWorker.build, role, spec).result(timeout_s)
     workers.replicas.broadcast(VllmReplica.ping).result(timeout_s)
     workers.scorers.broadcast(RewardWorker.ping).result(timeout_s)
+    return _driver(cfg, inputs, workers, sizes, phases)
+
+
+def _driver(cfg: Config, inputs: Inputs, workers: Workers, sizes: Sizes, phases: Phases) -> Driver:
     rollout = cfg.actor_rollout_ref.rollout
-    sync = WeightSync(groups["actor"], workers.replicas, "actor", cfg.trainer.step_timeout_s)
+    sync = WeightSync(workers.train["actor"], workers.replicas, "actor", cfg.trainer.step_timeout_s)
     sync.open(rollout.dtype, rollout.update_weights_bucket_megabytes << 20)
+    order = PromptOrder(len(inputs.train), seed=cfg.data.seed, shuffle=cfg.data.shuffle)
     sampling = sampling_spec(cfg, inputs)
     val = rollout.val_kwargs
-    order = PromptOrder(len(inputs.train), seed=cfg.data.seed, shuffle=cfg.data.shuffle)
     return Driver(
         state=TrainState(order=order, kl=kl_controller(cfg.algorithm.kl_ctrl)),
         prompts=inputs.train.prompts,
         source=SyncSource(workers.replicas, workers.scorers, phases, timeout_s=rollout.timeout_s, seed=rollout.seed),
-        actor=_role(cfg, "actor", groups, inputs),
-        reference=_role(cfg, "ref", groups, inputs),
-        critic=_role(cfg, "critic", groups, inputs),
+        actor=_actor(cfg, workers, inputs),
+        reference=_reference(cfg, workers, inputs),
+        critic=_critic(cfg, workers, inputs),
         advantages=AdvantageComputer(cfg.algorithm),
         sync=sync,
         sampling=sampling,
@@ -150,192 +108,76 @@ def build(cfg: Config, inputs: Inputs, workers: Workers, sizes: Sizes, phases: P
     )
 
 
-def sampling_spec(cfg: Config, inputs: Inputs) -> SamplingSpec:
-    """How training samples."""
-    rollout = cfg.actor_rollout_ref.rollout
-    asked = rollout.calculate_log_probs
-    return SamplingSpec(
-        n=rollout.n,
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        max_tokens=cfg.data.max_response_length,
-        ignore_eos=rollout.ignore_eos,
-        stop_token_ids=() if rollout.ignore_eos else inputs.eos_ids,
-        logprobs="monitor" if asked == "monitor" else "all" if asked else "none",
-    )
-
-
-def _train_roles(cfg: Config) -> dict[str, str | list[int] | None]:
-    roles = {"actor": cfg.actor_rollout_ref.actor.device_mapping}
+def _role_ranks(cfg: Config, num_devices: int) -> dict[str, tuple[int, ...]]:
+    mappings = {"actor": cfg.actor_rollout_ref.actor.device_mapping}
     if cfg.use_reference:
-        roles["ref"] = cfg.actor_rollout_ref.ref.device_mapping
+        mappings["ref"] = cfg.actor_rollout_ref.ref.device_mapping
     if cfg.use_critic:
-        roles["critic"] = cfg.critic.device_mapping
-    return roles
+        mappings["critic"] = cfg.critic.device_mapping
+    return {
+        role: role_devices(mapping, f"{_KEYS[role]}.device_mapping", num_devices=num_devices)
+        for role, mapping in mappings.items()
+    }
+
+
+def _start_ranks(cfg: Config, cluster: Cluster, ranks: Sequence[int]) -> WorkerGroup:
+    threads = cluster.threads(len(ranks))
+    actors = [
+        start(
+            TrainWorker,
+            cluster.devices[device],
+            rank,
+            len(ranks),
+            cluster.device_type,
+            cluster.devices[device].local_index,
+            threads,
+            cfg.trainer.step_timeout_s,
+        )
+        for rank, device in enumerate(ranks)
+    ]
+    return WorkerGroup("training", actors)
 
 
 def _start_replicas(cfg: Config, inputs: Inputs, cluster: Cluster) -> WorkerGroup:
-    rollout, model = cfg.actor_rollout_ref.rollout, cfg.actor_rollout_ref.model
-    ranks = role_devices(
-        rollout.device_mapping, "actor_rollout_ref.rollout.device_mapping", num_devices=len(cluster.devices)
-    )
+    rollout = cfg.actor_rollout_ref.rollout
+    key = "actor_rollout_ref.rollout.device_mapping"
+    ranks = role_devices(rollout.device_mapping, key, num_devices=len(cluster.devices))
     size = rollout.tensor_model_parallel_size
-    cpu = cluster.device_type == "cpu"
     actors = []
     for replica, first in enumerate(range(0, len(ranks), size)):
         devices = [cluster.devices[r] for r in ranks[first : first + size]]
-        spec = RolloutSpec(
-            model_path=inputs.model_path,
-            tokenizer_path=inputs.tokenizer_path,
-            trust_remote_code=model.trust_remote_code,
-            override_config=model.override_config,
-            device=cluster.device_type,
-            devices=tuple(d.local_index for d in devices),
-            tensor_parallel_size=size,
-            dtype=rollout.dtype,
-            max_model_len=rollout.max_model_len or cfg.max_sequence_length,
-            max_num_seqs=rollout.max_num_seqs,
-            max_num_batched_tokens=rollout.max_num_batched_tokens,
-            enforce_eager=rollout.enforce_eager,
-            enable_prefix_caching=rollout.enable_prefix_caching,
-            enable_chunked_prefill=rollout.enable_chunked_prefill,
-            gpu_memory_utilization=rollout.gpu_memory_utilization,
-            kv_cache_gb=rollout.kv_cache_gb or (1.0 if cpu else None),
-            sleep_level=_sleep_level(cfg, cpu),
-            load_format=rollout.load_format,
-            seed=rollout.seed,
-            threads=1,
-            engine_kwargs=rollout.engine_kwargs.vllm,
-        )
+        spec = rollout_spec(cfg, inputs, cluster.device_type, devices)
         actors.append(start(VllmReplica, devices[0], spec, replica))
     return WorkerGroup("rollout", actors)
 
 
 def _start_scorers(cfg: Config, inputs: Inputs) -> WorkerGroup:
     function = cfg.reward.custom_reward_function
-    spec = RewardSpec(function.path, function.name).resolved()
-    actor = ray.remote(RewardWorker).options(num_cpus=0).remote(
-        spec,
+    actor = ray.remote(RewardWorker).options(num_cpus=0)
+    handle = actor.remote(
+        RewardSpec(function.path, function.name).resolved(),
         inputs.tokenizer_path,
         cfg.reward.num_workers,
         cfg.reward.timeout_s,
         cfg.actor_rollout_ref.model.trust_remote_code,
         decoder_json(inputs.tokenizer),
     )
-    return WorkerGroup("reward", [actor])
-
-
-def _sleep_level(cfg: Config, cpu: bool) -> int:
-    rollout = cfg.actor_rollout_ref.rollout
-    if cpu or not rollout.free_cache_engine:
-        return 0
-    return 2 if rollout.sleep_level == "auto" else rollout.sleep_level
+    return WorkerGroup("reward", [handle])
 
 
 def _engine_specs(cfg: Config, inputs: Inputs, sizes: Sizes) -> dict[str, EngineSpec]:
-    actor, critic = cfg.actor_rollout_ref.actor, cfg.critic
-    model = cfg.actor_rollout_ref.model
-    common = {
-        "share_prompt": model.share_prompt,
-        "trust_remote_code": model.trust_remote_code,
-        "override_config": model.override_config,
-        "seed": actor.data_loader_seed,
-    }
-    return {
-        "actor": EngineSpec(
-            model_path=inputs.model_path,
-            head="logprobs",
-            optimizer=_optimizer(actor.optim, sizes.total_steps * sizes.actor_updates_per_step),
-            gradient_checkpointing=model.enable_gradient_checkpointing,
-            **_fsdp(actor.fsdp_config),
-            **common,
-        ),
-        "ref": EngineSpec(
-            model_path=inputs.model_path,
-            head="logprobs",
-            optimizer=None,
-            gradient_checkpointing=False,
-            **_fsdp(cfg.actor_rollout_ref.ref.fsdp_config),
-            **common,
-        ),
-        "critic": EngineSpec(
-            model_path=absolute(critic.model.path),
-            head="values",
-            optimizer=_optimizer(critic.optim, sizes.total_steps * sizes.critic_updates_per_step),
-            gradient_checkpointing=critic.model.enable_gradient_checkpointing,
-            **_fsdp(critic.fsdp),
-            **common,
-        ),
-    }
+    specs = {"actor": actor_spec(cfg, inputs, sizes)}
+    if cfg.use_reference:
+        specs["ref"] = reference_spec(cfg, inputs)
+    if cfg.use_critic:
+        specs["critic"] = critic_spec(cfg, sizes)
+    return specs
 
 
-def _fsdp(fsdp: FsdpConfig | RefFsdpConfig) -> dict[str, object]:
-    master = _DTYPES[fsdp.model_dtype] if isinstance(fsdp, FsdpConfig) else fsdp.dtype
-    return {
-        "dtype": fsdp.dtype,
-        "master_dtype": master,
-        "reshard_after_forward": fsdp.reshard_after_forward,
-        "wrap_min_num_params": fsdp.wrap_min_num_params,
-    }
-
-
-def _optimizer(optim: OptimConfig, total_updates: int) -> OptimizerSpec:
-    warmup = optim.lr_warmup_steps
-    return OptimizerSpec(
-        lr=optim.lr,
-        weight_decay=optim.weight_decay,
-        betas=optim.betas,
-        eps=optim.eps,
-        clip_grad=optim.clip_grad,
-        lr_scheduler_type=optim.lr_scheduler_type,
-        warmup_steps=int(optim.lr_warmup_steps_ratio * total_updates) if warmup < 0 else warmup,
-        min_lr_ratio=optim.min_lr_ratio,
-        total_steps=total_updates,
-    )
-
-
-def _role(cfg: Config, name: str, groups: dict[str, WorkerGroup], inputs: Inputs) -> Role:
-    if name not in groups:
-        return AbsentRole()
-    actor, ref, critic = cfg.actor_rollout_ref.actor, cfg.actor_rollout_ref.ref, cfg.critic
-    share = cfg.actor_rollout_ref.model.share_prompt
-    limits, settings = {
-        "actor": (
-            Limits(actor.ppo_max_token_len_per_gpu, actor.ppo_micro_batch_size_per_gpu, share),
-            _actor_settings(cfg),
-        ),
-        "ref": (
-            Limits(
-                ref.log_prob_max_token_len_per_gpu, None, share, "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu"
-            ),
-            None,
-        ),
-        "critic": (
-            Limits(
-                critic.ppo_max_token_len_per_gpu,
-                critic.ppo_micro_batch_size_per_gpu,
-                share,
-                "critic.ppo_max_token_len_per_gpu",
-            ),
-            _critic_settings(cfg, critic),
-        ),
-    }[name]
-    return TrainRole(
-        name,
-        groups[name],
-        limits=limits,
-        temperature=cfg.actor_rollout_ref.rollout.temperature,
-        hidden_size=inputs.hidden_size,
-        timeout_s=cfg.trainer.step_timeout_s,
-        settings=settings,
-    )
-
-
-def _actor_settings(cfg: Config) -> UpdateSettings:
+def _actor(cfg: Config, workers: Workers, inputs: Inputs) -> TrainRole:
     actor = cfg.actor_rollout_ref.actor
     loss = policy_loss(actor, cfg.data.max_response_length)
-    return UpdateSettings(
+    settings = UpdateSettings(
         loss=loss,
         entropy=loss.needs_entropy,
         groups_per_minibatch=actor.ppo_mini_batch_size,
@@ -344,11 +186,26 @@ def _actor_settings(cfg: Config) -> UpdateSettings:
         length=loss.length,
         columns=("advantages", "old_logprobs", "ref_logprobs"),
     )
+    share = cfg.actor_rollout_ref.model.share_prompt
+    limits = Limits(actor.ppo_max_token_len_per_gpu, actor.ppo_micro_batch_size_per_gpu, share)
+    return _role("actor", workers, limits, settings, cfg, inputs)
 
 
-def _critic_settings(cfg: Config, critic: CriticConfig) -> UpdateSettings:
+def _reference(cfg: Config, workers: Workers, inputs: Inputs) -> Role:
+    if not cfg.use_reference:
+        return AbsentRole()
+    budget = cfg.actor_rollout_ref.ref.log_prob_max_token_len_per_gpu
+    key = "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu"
+    limits = Limits(budget, None, cfg.actor_rollout_ref.model.share_prompt, key)
+    return _role("ref", workers, limits, None, cfg, inputs)
+
+
+def _critic(cfg: Config, workers: Workers, inputs: Inputs) -> Role:
+    if not cfg.use_critic:
+        return AbsentRole()
+    critic = cfg.critic
     loss = value_loss(critic, cfg.data.max_response_length)
-    return UpdateSettings(
+    settings = UpdateSettings(
         loss=loss,
         entropy=False,
         groups_per_minibatch=critic.ppo_mini_batch_size,
@@ -357,10 +214,21 @@ def _critic_settings(cfg: Config, critic: CriticConfig) -> UpdateSettings:
         length=loss.length,
         columns=("values", "returns"),
     )
+    share = cfg.actor_rollout_ref.model.share_prompt
+    budget, sequences = critic.ppo_max_token_len_per_gpu, critic.ppo_micro_batch_size_per_gpu
+    limits = Limits(budget, sequences, share, "critic.ppo_max_token_len_per_gpu")
+    return _role("critic", workers, limits, settings, cfg, inputs)
 
 
-def _ranges(ranks: Sequence[int]) -> str:
-    if len(ranks) > 1 and list(ranks) == list(range(ranks[0], ranks[-1] + 1)):
-        return f"{ranks[0]}-{ranks[-1]}"
-    return ",".join(map(str, ranks))
-
+def _role(
+    name: str, workers: Workers, limits: Limits, settings: UpdateSettings | None, cfg: Config, inputs: Inputs
+) -> TrainRole:
+    return TrainRole(
+        name,
+        workers.train[name],
+        limits=limits,
+        temperature=cfg.actor_rollout_ref.rollout.temperature,
+        hidden_size=inputs.hidden_size,
+        timeout_s=cfg.trainer.step_timeout_s,
+        settings=settings,
+    )

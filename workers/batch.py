@@ -212,7 +212,9 @@ def _picked_mask(blocks: Sequence[RolloutBlock], index: npt.NDArray[np.intp], to
     if all(b.loss_mask is None for b in blocks):
         return torch.ones(total, dtype=torch.bool)
     parts = [
-        split(np.ones(len(b.response_ids), dtype=np.bool_) if b.loss_mask is None else b.loss_mask, b.meta.response_length)
+        split(
+            np.ones(len(b.response_ids), dtype=np.bool_) if b.loss_mask is None else b.loss_mask, b.meta.response_length
+        )
         for b in blocks
     ]
     return torch.from_numpy(np.concatenate([parts[b][r] for b, r in index]))
@@ -221,6 +223,8 @@ def _picked_mask(blocks: Sequence[RolloutBlock], index: npt.NDArray[np.intp], to
 def _picked_logprobs(
     blocks: Sequence[RolloutBlock], metas: Sequence[SequenceMeta], index: npt.NDArray[np.intp]
 ) -> Tensor:
-    flat = [np.full(len(b.response_ids), np.nan, dtype=np.float32) if b.logprobs is None else b.logprobs for b in blocks]
+    flat = [
+        np.full(len(b.response_ids), np.nan, dtype=np.float32) if b.logprobs is None else b.logprobs for b in blocks
+    ]
     parts = [split(f, m.response_length) for f, m in zip(flat, metas, strict=True)]
     return torch.from_numpy(np.concatenate([parts[b][r] for b, r in index]))

@@ -91,7 +91,7 @@ class WorkerGroup:
     def scatter_with_payload(
         self, method: Callable[..., tuple[T, Any]], arguments: Sequence[tuple[object, ...]]
     ) -> tuple[Call[T], tuple[Any, ...]]:
-        """Like `scatter` for methods that return (small, large): the large part stays in the object store, as references."""
+        """Like `scatter` for methods that return (small, large): the large parts stay in the object store."""
         assert len(arguments) == len(self.actors), (self.name, method.__name__)
         name = method.__name__
         pairs = [

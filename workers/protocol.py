@@ -206,5 +206,11 @@ def _flat_mask(trajectories: list[Trajectory]) -> BoolArray | None:
 def _flat_logprobs(trajectories: list[Trajectory]) -> FloatArray | None:
     if all(t.logprobs is None for t in trajectories):
         return None
-    parts = [np.full(len(t.response_ids), np.nan) if t.logprobs is None else np.asarray(t.logprobs) for t in trajectories]
-    return np.concatenate(parts).astype(np.float32)
+    parts = [
+        np.full(len(t.response_ids), np.nan, dtype=np.float32)
+        if t.logprobs is None
+        else np.asarray(t.logprobs, dtype=np.float32)
+        for t in trajectories
+    ]
+    flat: FloatArray = np.concatenate(parts)
+    return flat

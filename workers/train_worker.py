@@ -82,19 +82,17 @@ class TrainWorker:
 
     def rendezvous(self) -> tuple[str, int]:
         """Rank 0 opens the store the others meet at; the port is the system's choice and never let go."""
-        from torch.distributed import TCPStore
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         host = socket.gethostbyname(socket.gethostname()) if self._device_type == "cuda" else "127.0.0.1"
-        self._store = TCPStore(
-            host, 0, self._world_size, is_master=True, timeout=self._timeout, wait_for_workers=False
-        )
+        self._store = TCPStore(host, 0, self._world_size, is_master=True, timeout=self._timeout, wait_for_workers=False)
         return host, int(self._store.port)
 
     def connect(self, host: str, port: int) -> None:
         """Joins the process group of all ranks."""
         import torch
         import torch.distributed as dist
-        from torch.distributed import TCPStore
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         if self._device_type == "cpu":
             torch.set_num_threads(self._threads)

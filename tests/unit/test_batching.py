@@ -172,6 +172,20 @@ def test_rows_stay_where_they_were_put(case: Case, data: st.DataObject) -> None:
         check_minibatch(case, minibatch, rank_of)
 
 
+def test_crowded_micro_batches() -> None:
+    """Tight budgets and uneven ranks, where evening out FLOPs does not always fit and packing falls back."""
+    rng = np.random.default_rng(0)
+    for trial in range(300):
+        num_groups = int(rng.integers(4, 25))
+        group = np.arange(num_groups).repeat(rng.integers(1, 6, num_groups))
+        prompt = rng.integers(1, 60, num_groups)[group]
+        response = rng.choice([0, 1, int(rng.integers(1, 100)), 100], len(group))
+        limits = Limits(int((prompt + response).max() + rng.integers(0, 30)), (None, 5, 6)[trial % 3])
+        case = Case(prompt, response, group, 2, num_groups, limits, 1, None)
+        rank_of = rng.integers(0, 2, len(group))
+        check_minibatch(case, case.plan(rank_of=rank_of).minibatches[0], rank_of)
+
+
 def uniform(num_groups: int, n: int, prompt: int = 10, response: int = 20) -> tuple[IntArray, IntArray, IntArray]:
     size = num_groups * n
     group = np.repeat(np.arange(num_groups, dtype=np.int64), n)
@@ -186,8 +200,10 @@ def test_whole_groups_on_two_ranks() -> None:
     assert all(len(set(plan.rank_of[g * 8 : g * 8 + 8].tolist())) == 1 for g in range(64))
 
 
-def test_a_group_is_split_for_balance_only() -> None:
-    plan = plan_batch(*uniform(3, 8), groups_per_minibatch=3, num_ranks=2, limits=Limits(16384))
+@pytest.mark.parametrize("prompt", [10, 1000])
+def test_a_group_is_split_for_balance_only(prompt: int) -> None:
+    """Also where both ranks then have to compute a long prompt: the slower one is still done earlier."""
+    plan = plan_batch(*uniform(3, 8, prompt), groups_per_minibatch=3, num_ranks=2, limits=Limits(16384))
     per_group = [np.bincount(plan.rank_of[g * 8 : g * 8 + 8], minlength=2).tolist() for g in range(3)]
     assert sorted(per_group) == [[0, 8], [4, 4], [8, 0]]
 

@@ -307,7 +307,7 @@ def test_nothing_to_learn_from(loss: PolicyLoss | ValueLoss, mode: str, lengths:
     assert all(map(math.isfinite, metrics.values()))
 
 
-@pytest.mark.parametrize("loss", [POLICY, VALUE], ids=["policy", "value"])
+@pytest.mark.parametrize("loss", [POLICY, replace(POLICY, kl_loss_type="k2"), VALUE], ids=["k3", "k2", "value"])
 def test_masked_tokens_do_not_reach_the_gradient(loss: PolicyLoss | ValueLoss) -> None:
     batch, theta = make_batch(4, LENGTHS), theta_of(4)
     before = whole(loss, batch, theta)

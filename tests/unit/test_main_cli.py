@@ -92,7 +92,12 @@ def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Config, 
     """Replace `trainer.run`; what it is called with is appended here."""
     called: list[tuple[Config, list[str]]] = []
     module = types.ModuleType("trainer.run")
-    vars(module)["run"] = lambda config, notices: called.append((config, notices))
+
+    def run(config: Config, notices: list[str]) -> int:
+        called.append((config, notices))
+        return 0
+
+    vars(module)["run"] = run
     monkeypatch.setitem(sys.modules, "trainer.run", module)
     monkeypatch.setattr("trainer.main.validate", lambda config: ["a surprise"])
     monkeypatch.chdir(tmp_path)
@@ -111,6 +116,18 @@ def test_run_gets_the_typed_configuration_and_the_notices(runs: list[tuple[Confi
     assert sys.argv is argv
 
 
+def test_notices_are_shown_before_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*BASE, "trainer.n_devices_per_node=0"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("note: trainer.n_devices_per_node is an older name")
+    assert second == "error: trainer.n_gpus_per_node=0: must be greater than 0"
+
+
+def test_the_status_is_that_of_the_run(runs: list[tuple[Config, list[str]]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["trainer.run"], "run", lambda config, notices: 130)
+    assert cli.main(BASE) == 130
+
+
 def test_errors_of_the_run_are_not_disguised(
     runs: list[tuple[Config, list[str]]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,4 +140,4 @@ def test_errors_of_the_run_are_not_disguised(
         cli.main(BASE)
     monkeypatch.setattr(module, "run", lambda config, notices: fail(cli.UserError("key=value: wrong; do this")))
     assert cli.main(BASE) == 2
-    assert capsys.readouterr().err == "note: a surprise\nerror: key=value: wrong; do this\n"
+    assert capsys.readouterr().err == "error: key=value: wrong; do this\n", "run shows the notices"

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 from trainer.tracking.scales import Point, domain, downsample, readable, step_ticks, tick_labels, ticks
 
@@ -92,8 +93,7 @@ def stacked_chart(
     columns = [dict(one.points) for one in series]
     frame = Frame(width, height, x_range, axis_ticks(step_totals(series), zero=True))
     layers = [
-        downsample([(step, column[step] if step in column else 0.0) for step in steps], frame.max_points).points
-        for column in columns
+        downsample([(step, column.get(step, 0.0)) for step in steps], frame.max_points).points for column in columns
     ]
     body, floor = [], [(x, 0.0) for x, _ in layers[0]]
     for one, layer in zip(series, layers, strict=True):
@@ -137,11 +137,10 @@ def grid(frame: Frame) -> str:
         parts.append(f'<line x1="{frame.left:g}" x2="{x_end:g}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
         parts.append(f'<text x="{frame.left - 7:g}" y="{y:.1f}" dy=".32em" text-anchor="end">{text}</text>')
     steps = step_ticks(*frame.x_range, max(2, int(frame.width / 90)))
+    base = frame.height - frame.bottom + 16
     for index, value in enumerate(steps):
         text = f"{value:,.0f}" if index else f"step {value:,.0f}"
-        parts.append(
-            f'<text x="{frame.x(value):.1f}" y="{frame.height - frame.bottom + 16:g}" text-anchor="middle">{text}</text>'
-        )
+        parts.append(f'<text x="{frame.x(value):.1f}" y="{base:g}" text-anchor="middle">{text}</text>')
     return "".join(parts)
 
 
@@ -169,7 +168,7 @@ def _area(frame: Frame, top: Sequence[Point], floor: Sequence[Point]) -> str:
 
 def _stairs(frame: Frame, points: Sequence[Point], *, backwards: bool = False) -> str:
     low, high = frame.x_range
-    middles = [(a + b) / 2 for (a, _), (b, _) in zip(points, points[1:], strict=False)]
+    middles = [(a + b) / 2 for (a, _), (b, _) in pairwise(points)]
     edges = [low, *middles, high]
     corners = [(x, y) for index, (_, y) in enumerate(points) for x in (edges[index], edges[index + 1])]
     return path(frame, corners[::-1] if backwards else corners)
@@ -198,7 +197,8 @@ def _svg(frame: Frame, marks: str, *, key: str, label: str, data: Sequence[objec
     return (
         f'<svg class="chart" viewBox="0 0 {frame.width:g} {frame.height:g}" role="img" tabindex="0" '
         f'aria-label="{escape(label)}" data-chart="{escape(json.dumps(geometry, separators=(",", ":")))}">'
-        f'{clip}{grid(frame)}<g clip-path="url(#clip-{key})">{marks}</g><line class="cursor" y1="{frame.top:g}" y2="{frame.height - frame.bottom:g}"/></svg>'
+        f'{clip}{grid(frame)}<g clip-path="url(#clip-{key})">{marks}</g>'
+        f'<line class="cursor" y1="{frame.top:g}" y2="{frame.height - frame.bottom:g}"/></svg>'
     )
 
 

@@ -78,7 +78,7 @@ def _single_runs(histories: Sequence[History]) -> list[Series]:
 
 def _axes(frame: Frame) -> list[str]:
     low, high = frame.y_range
-    percent = 0 <= low and high <= 1
+    percent = low >= 0 and high <= 1
     labels = [f"{100 * value:.0f} %" for value in frame.y_ticks] if percent else tick_labels(frame.y_ticks)
     parts, x_end = [], frame.width - frame.right
     for value, label in zip(frame.y_ticks, labels, strict=True):

@@ -49,7 +49,11 @@ FIGURES = (
     ),
     Figure("Response length", "tokens", (("response_length/mean", "mean"), ("response_length/max", "max"))),
     Figure("Gradient norm", "before clipping", (("actor/grad_norm", "policy"), ("critic/grad_norm", "critic"))),
-    Figure("Groups that teach nothing", "share of prompts whose responses all tie", (("reward/frac_zero_std_groups", "share"),)),
+    Figure(
+        "Groups that teach nothing",
+        "share of prompts whose responses all tie",
+        (("reward/frac_zero_std_groups", "share"),),
+    ),
     Figure("Value loss", "of the critic", (("critic/value_loss", "loss"),)),
     Figure("Explained variance", "of the returns, by the critic", (("critic/explained_variance", "share"),)),
 )

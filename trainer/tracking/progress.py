@@ -116,7 +116,9 @@ class ProgressLines:
         for column in columns:
             value = _value(column, numbers)
             text = "-" if value is None else column.format(value)
-            row.append(f" {text:>{column.width}}", style=Style.parse("dim" if value is None else column.style or "none"))
+            row.append(
+                f" {text:>{column.width}}", style=Style.parse("dim" if value is None else column.style or "none")
+            )
         row.append(" ")
         row.append_text(self._shares(numbers))
         row.append(f" {self._eta(step):>{_ETA_WIDTH}}", style="dim")
@@ -199,7 +201,9 @@ def warnings(numbers: dict[str, float]) -> list[Text]:
     """What went wrong in a step without ending the run."""
     lines = []
     if errors := numbers.get("reward/errors", 0):
-        lines.append(f"the reward function failed for {errors:.0f} responses ({numbers.get('reward/error_rate', 0):.1%})")
+        lines.append(
+            f"the reward function failed for {errors:.0f} responses ({numbers.get('reward/error_rate', 0):.1%})"
+        )
     if skipped := numbers.get("actor/skipped_updates", 0):
         lines.append(f"{skipped:.0f} updates skipped: the gradient was not finite")
     return [Text(f"  warning: {line}", style="yellow") for line in lines]
@@ -234,7 +238,9 @@ def phase_labels(shares: dict[str, float], width: int, *, color: bool) -> Text:
         if used - 1 > width:
             break
         chosen.add(name)
-    labels = Text(" ").join(Text(text, style=_color(name) if color else "") for name, text in texts.items() if name in chosen)
+    labels = Text(" ").join(
+        Text(text, style=_color(name) if color else "") for name, text in texts.items() if name in chosen
+    )
     labels.pad_right(width - len(labels))
     return labels
 

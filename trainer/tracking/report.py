@@ -76,7 +76,9 @@ def _tiles(run: History, summary: Mapping[str, Any]) -> str:
     if run.of("val/greedy_accuracy"):
         before, after = run.first("val/greedy_accuracy"), run.last("val/greedy_accuracy")
         tiles.append(_change("Greedy", before, after, "the likeliest token each time", "wide"))
-    tiles.append(_tile("Steps", f"{run.last_step:,}", f"in {duration(summary['seconds_total'])}" if summary else "not finished"))
+    tiles.append(
+        _tile("Steps", f"{run.last_step:,}", f"in {duration(summary['seconds_total'])}" if summary else "not finished")
+    )
     training = [seconds for step, seconds in run.of("time/step") if step > 0]
     if training:
         tiles.append(_tile("Step", f"{readable(median(training))} s", "median"))
@@ -133,7 +135,9 @@ def _readable_row(row: Mapping[str, Any]) -> dict[str, Any]:
 def _evenly(steps: Sequence[int], count: int) -> list[int]:
     """At most `count` (and at least two) of the steps, evenly spaced, the first and the last among them."""
     count = min(len(steps), max(2, count))
-    return [steps[round(index * (len(steps) - 1) / (count - 1))] for index in range(count)] if count > 1 else list(steps)
+    return (
+        [steps[round(index * (len(steps) - 1) / (count - 1))] for index in range(count)] if count > 1 else list(steps)
+    )
 
 
 def _as_script(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -23,7 +23,7 @@ class History:
 
     def of(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of a metric; empty if the run did not log it."""
-        return self.series[name] if name in self.series else []
+        return self.series.get(name, [])
 
     def values(self, name: str) -> list[float]:
         """Values of a metric in the order of steps."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 Point = tuple[float, float]
 
@@ -29,7 +30,7 @@ def downsample(points: Sequence[Point], limit: int) -> Bucketed:
     inner = points[1:-1]
     num_buckets = limit - 2
     edges = [index * len(inner) // num_buckets for index in range(num_buckets + 1)]
-    buckets = [[points[0]], *(list(inner[a:b]) for a, b in zip(edges, edges[1:], strict=False)), [points[-1]]]
+    buckets = [[points[0]], *(list(inner[a:b]) for a, b in pairwise(edges)), [points[-1]]]
     merged = [(_mean([x for x, _ in bucket]), _mean([y for _, y in bucket])) for bucket in buckets]
     low = [min(y for _, y in bucket) for bucket in buckets]
     high = [max(y for _, y in bucket) for bucket in buckets]
@@ -77,8 +78,8 @@ def tick_labels(values: Sequence[float]) -> list[str]:
     """Labels with as many digits as tell neighbours apart, all in one notation."""
     largest = max((abs(value) for value in values), default=0.0)
     if largest >= 10000 or 0 < largest < 0.001:
-        return [_scientific(value) for value in values]
-    step = min((b - a for a, b in zip(values, values[1:], strict=False)), default=largest or 1.0)
+        return [_scientific(value, digits=2) for value in values]
+    step = min((b - a for a, b in pairwise(values)), default=largest or 1.0)
     digits = max(0, min(6, -math.floor(math.log10(step) + 1e-9)))
     if any(abs(round(value, digits) - value) > step * 1e-6 for value in values):
         digits += 1
@@ -97,8 +98,8 @@ def readable(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _scientific(value: float) -> str:
+def _scientific(value: float, *, digits: int = 1) -> str:
     if value == 0:
         return "0"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    mantissa, exponent = f"{value:.{digits}e}".split("e")
+    return f"{mantissa.rstrip('0').removesuffix('.')}e{int(exponent)}"

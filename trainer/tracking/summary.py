@@ -123,4 +123,6 @@ def _tokens_per_second(run: History) -> float | None:
 
 
 def _peak_memory_bytes(run: History) -> float | None:
-    return max((max(run.values(name)) for name in run.series if name.startswith("memory/") and run.of(name)), default=None)
+    return max(
+        (max(run.values(name)) for name in run.series if name.startswith("memory/") and run.of(name)), default=None
+    )

@@ -31,16 +31,18 @@ def shorten(text: str, limit: int) -> str:
     if len(text) <= limit:
         return text
     head = (limit - 3) * 2 // 3
-    return f"{text[:head]}...{text[len(text) - (limit - 3 - head):]}"
+    return f"{text[:head]}...{text[len(text) - (limit - 3 - head) :]}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 12s, 3:05 or 1:02:03."""
+    """Seconds as 12s, 3:05, 1:02:03 or 15h20m."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
     hours, rest = divmod(whole, 3600)
     minutes, secs = divmod(rest, 60)
+    if hours >= 10:
+        return f"{hours}h{minutes:02d}m"
     return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"
 
 

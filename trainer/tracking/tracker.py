@@ -1,9 +1,9 @@
 """One call per step; every sink gets it.
 
-    tracker = make_tracker(cfg, run_dir, total_steps=60)
-    tracker.log(1, {"reward/mean": 0.4, ...})
-    tracker.completions(1, rows)
-    tracker.finish(summary)
+tracker = make_tracker(cfg, run_dir, total_steps=60)
+tracker.log(1, {"reward/mean": 0.4, ...})
+tracker.completions(1, rows)
+tracker.finish(summary)
 """
 
 from __future__ import annotations

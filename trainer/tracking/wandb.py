@@ -39,7 +39,9 @@ class WandbSink:
             ) from error
         mode = choose_mode()
         if mode == "offline" and "WANDB_MODE" not in os.environ:
-            notice(f"wandb: no API key found, keeping the run offline (later: wandb sync {run_dir}/wandb/offline-run-*)")
+            notice(
+                f"wandb: no API key found, keeping the run offline (later: wandb sync {run_dir}/wandb/offline-run-*)"
+            )
         run_dir.mkdir(parents=True, exist_ok=True)
         self._table = wandb.Table
         self._run = wandb.init(
@@ -77,7 +79,7 @@ class WandbSink:
 
 
 def choose_mode() -> str | None:
-    """"offline" where wandb would ask for an API key, else None: wandb decides (WANDB_MODE, a key, a login)."""
+    """ "offline" where wandb would ask for an API key, else None: wandb decides (WANDB_MODE, a key, a login)."""
     if "WANDB_MODE" in os.environ:
         return None
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):

@@ -30,9 +30,10 @@ BUCKET_WASTE = 1.25
 class PackedLayout:
     """`Segments` made ready for one device, computed once per micro-batch and used by every layer.
 
-    rectangles: for CPU, pairs (rows [n, length] of the packed input, ...) one per bucket of runs.
-    unpack: for CPU, [num_tokens], where each packed row's output lies in the concatenated rectangles.
-    cumulative: for CUDA, [num_runs + 1] int32 run boundaries in `rows`.
+    rows: packed row of every element attention works on: the runs, on CPU filled up to rectangles.
+    owner: [num_tokens], which of those elements gives each packed row its output.
+    rectangles: on CPU, (number of runs, width) of each rectangle, in order.
+    cumulative: [num_runs + 1] int32, where each run begins. max_length: of a run.
     """
 
     rows: Tensor
@@ -152,8 +153,8 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale
     outputs: list[Tensor] = []
     start = 0
     for count, width in layout.rectangles:
-        block = [x[start : start + count * width].unflatten(0, (count, width)).transpose(1, 2) for x in gathered]
-        out = F.scaled_dot_product_attention(*block, is_causal=True, scale=scale, enable_gqa=True)
+        q, k, v = (x[start : start + count * width].view(count, width, *x.shape[1:]).transpose(1, 2) for x in gathered)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
         start += count * width
     return torch.cat(outputs)
@@ -166,5 +167,6 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, sca
     q, k, v = (gather_rows(x, layout.rows) for x in (query, key, value))
     k, v = (x.repeat_interleave(repeat, dim=1) if repeat > 1 else x for x in (k, v))
     bounds, longest = layout.cumulative, layout.max_length
-    out: Tensor = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0))
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0))
+    assert isinstance(out, Tensor)
     return out

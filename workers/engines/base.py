@@ -38,23 +38,35 @@ class OptimizerSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ShardSpec:
+    """Precision and sharding. dtype, master_dtype: torch dtype names of compute and of the stored weights.
+
+    reshard_after_forward: free gathered parameters between forward and backward.
+    wrap_min_num_params: layers with fewer parameters are gathered together with the rest of the model.
+    """
+
+    dtype: str
+    master_dtype: str
+    reshard_after_forward: bool
+    wrap_min_num_params: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineSpec:
     """How to build one engine.
 
     head: "logprobs" (a language model) or "values" (the same body with a scalar head).
     optimizer: None builds an engine that only runs forward (a reference model).
-    dtype, master_dtype: torch dtype names of compute and of the stored weights.
+    share_prompt: compute a prompt once for all its responses in a micro-batch.
+    override_config: fields of the Hugging Face config to change.
     """
 
     model_path: str
     head: Literal["logprobs", "values"]
-    dtype: str
-    master_dtype: str
+    sharding: ShardSpec
     optimizer: OptimizerSpec | None
     gradient_checkpointing: bool
     share_prompt: bool
-    reshard_after_forward: bool
-    wrap_min_num_params: int
     trust_remote_code: bool = False
     override_config: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
@@ -86,14 +98,12 @@ class TrainEngine(Protocol):
         """Log-probs (or values) of all response tokens of the rows, float32 [batch.num_tokens], no gradient."""
         ...
 
-    def train_step(
-        self, batch: Batch, update: Update, loss: Loss, *, temperature: float, entropy: bool
-    ) -> StepResult:
+    def train_step(self, batch: Batch, update: Update, loss: Loss, *, temperature: float, entropy: bool) -> StepResult:
         """One optimizer step over the micro-batches."""
         ...
 
     def export_weights(self) -> Iterator[tuple[str, Tensor, tuple[int, ...], int]]:
-        """(HF name, this rank's rows, full shape, first row) of each parameter, tied ones once, rank-local rows only."""
+        """(HF name, this rank's rows, full shape, first row) of each parameter; tied ones once."""
         ...
 
     def save(self, directory: Path) -> None:

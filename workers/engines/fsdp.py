@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
+from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -49,9 +51,7 @@ class FSDPEngine:
                 result[torch.from_numpy(batch.token_index(rows))] = outputs.cpu()
         return result
 
-    def train_step(
-        self, batch: Batch, update: Update, loss: Loss, *, temperature: float, entropy: bool
-    ) -> StepResult:
+    def train_step(self, batch: Batch, update: Update, loss: Loss, *, temperature: float, entropy: bool) -> StepResult:
         """Forward, backward and one optimizer step; a non-finite loss or gradient on any rank skips it on all."""
         assert self._optimizer is not None and self._spec.optimizer is not None
         metrics: list[dict[str, Tensor]] = []
@@ -60,7 +60,7 @@ class FSDPEngine:
             micro = self._pack(batch, rows, update.norm)
             outputs, entropies = self._run(micro, temperature, entropy=entropy)
             value, measured = loss(outputs, entropies, micro)
-            (value + 0.0 * outputs.sum()).backward()  # an empty micro-batch still takes part in the collectives
+            _backward(value + 0.0 * outputs.sum())  # an empty micro-batch still takes part in the collectives
             metrics.append(measured if len(rows) else {})
         lr = learning_rate(self._spec.optimizer, self._num_updates)
         grad_norm = self._clip(self._spec.optimizer.clip_grad)
@@ -80,22 +80,27 @@ class FSDPEngine:
             assert isinstance(data, DTensor)
             local = data.to_local()
             shard = math.ceil(data.shape[0] / data.device_mesh.size())
-            yield _hf_name(name), local, tuple(data.shape), min(shard * data.device_mesh.get_local_rank(), data.shape[0])
+            yield (
+                _hf_name(name),
+                local,
+                tuple(data.shape),
+                min(shard * data.device_mesh.get_local_rank(), data.shape[0]),
+            )
 
     def save(self, directory: Path) -> None:
         """Sharded model, optimizer and update counter through torch.distributed.checkpoint."""
-        dcp.save(self._state(), checkpoint_id=directory, process_group=self._group)
+        save_sharded(self._state(), checkpoint_id=directory, process_group=self._group)
 
     def load(self, directory: Path) -> None:
         """Takes back what `save` wrote, under any number of ranks."""
         state = self._state()
-        dcp.load(state, checkpoint_id=directory, process_group=self._group)
+        load_sharded(state, checkpoint_id=directory, process_group=self._group)
         optimizers = [self._optimizer] if self._optimizer else []
         set_state_dict(
             self._module,
             optimizers,
-            model_state_dict=state["model"],  # type: ignore[arg-type]
-            optim_state_dict=state.get("optimizer", {}),  # type: ignore[arg-type]
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"] if optimizers else {},
             options=_STATE_OPTIONS,
         )
         self._num_updates = int(state["num_updates"].item())
@@ -112,10 +117,10 @@ class FSDPEngine:
             model.save_pretrained(directory, state_dict=weights)
         dist.barrier(self._group)
 
-    def _state(self) -> dict[str, object]:
+    def _state(self) -> dict[str, Any]:
         optimizers = [self._optimizer] if self._optimizer else []
         model, optimizer = get_state_dict(self._module, optimizers, options=_STATE_OPTIONS)
-        state: dict[str, object] = {"model": model, "num_updates": torch.tensor(self._num_updates)}
+        state: dict[str, Any] = {"model": model, "num_updates": torch.tensor(self._num_updates)}
         return state | ({"optimizer": optimizer} if optimizers else {})
 
     def _pack(self, batch: Batch, rows: Sequence[int], norm: Normalizers) -> MicroBatch:
@@ -147,12 +152,12 @@ class _ShardedModule(FSDPModule, nn.Module):
 
 def _shard(module: nn.Module, spec: EngineSpec, mesh: DeviceMesh) -> _ShardedModule:
     """fully_shard on every layer that is large enough, then on the root; gradients are summed over ranks."""
-    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, spec.dtype), reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, spec.sharding.dtype), reduce_dtype=torch.float32)
     for layer in decoder_layers(module):
-        if sum(p.numel() for p in layer.parameters()) >= spec.wrap_min_num_params:
-            fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=spec.reshard_after_forward)
-    root = fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=spec.reshard_after_forward)
-    for part in root.modules():
+        if sum(p.numel() for p in layer.parameters()) >= spec.sharding.wrap_min_num_params:
+            fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=spec.sharding.reshard_after_forward)
+    root = fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=spec.sharding.reshard_after_forward)
+    for part in module.modules():  # the module itself: fully_shard changes it in place
         if isinstance(part, FSDPModule):
             part.set_force_sum_reduction_for_comms(True)
             part.set_gradient_divide_factor(1.0)
@@ -179,6 +184,10 @@ def _reduce(name: str, values: Tensor) -> Tensor:
     if name.endswith("_max"):
         return values.max()
     return values.min() if name.endswith("_min") else values.sum()
+
+
+def _backward(loss: Tensor) -> None:
+    loss.backward()  # type: ignore[no-untyped-call]
 
 
 def _hf_name(name: str) -> str:

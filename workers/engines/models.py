@@ -1,6 +1,6 @@
 """Hugging Face models with the two heads training needs: log-probs of response tokens, and values.
 
-The head is part of the module's forward, so a sharding engine sees one root module and gathers the output layer with it.
+The head is part of the module's forward: a sharding engine sees one root module and gathers the output layer with it.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def load_model(spec: EngineSpec) -> LogprobModel | ValueModel:
     model = AutoModelForCausalLM.from_pretrained(
         spec.model_path,
         config=config,
-        dtype=getattr(torch, spec.master_dtype),
+        dtype=getattr(torch, spec.sharding.master_dtype),
         attn_implementation=attention.ATTENTION_NAME,
         trust_remote_code=spec.trust_remote_code,
     )
@@ -88,7 +88,7 @@ def load_model(spec: EngineSpec) -> LogprobModel | ValueModel:
 def decoder_layers(module: nn.Module) -> list[nn.Module]:
     """The repeated blocks of the model, in order: the modules of the longest ModuleList of one class."""
     lists = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
-    return list(max(lists, key=len)) if lists else []
+    return max((list(x) for x in lists), key=len, default=[])
 
 
 def _body(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, layout: PackedLayout) -> Tensor:

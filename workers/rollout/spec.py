@@ -41,8 +41,11 @@ class RolloutSpec:
 
 @dataclass(frozen=True, slots=True)
 class SamplingSpec:
-    """How to sample. n: responses per prompt. temperature 0: greedy. stop_token_ids: end of sequence. logprobs: for which prompts of a call the sampler
-    reports log-probs ("all", "none", or "monitor": one prompt in `MONITOR_EVERY`)."""
+    """How to sample. n: responses per prompt. temperature 0: greedy. stop_token_ids: end of sequence.
+
+    logprobs: for which prompts of a call the sampler reports log-probs: "all", "none", or "monitor" (one prompt in
+    `MONITOR_EVERY`).
+    """
 
     n: int
     temperature: float
@@ -60,7 +63,10 @@ MONITOR_EVERY = 8
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """Prompts for one replica. token_ids: flat; lengths: [num_prompts]; groups: [num_prompts], their places in the batch."""
+    """Prompts for one replica.
+
+    token_ids: flat; lengths: [num_prompts]; groups: [num_prompts], their places in the batch.
+    """
 
     token_ids: IntArray
     lengths: IntArray

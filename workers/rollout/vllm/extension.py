@@ -1,6 +1,6 @@
 """What Tandem adds to vLLM's worker: loading weights, and looking at them. Mixed into the worker class by vLLM itself.
 
-Every name is prefixed: vLLM refuses an extension whose attributes exist on its worker, and adds methods in most releases.
+Every name is prefixed: vLLM refuses an extension whose attributes exist on its worker, and adds some in most releases.
 Arguments and results are plain containers, the only things that cross vLLM's RPC in every version.
 """
 

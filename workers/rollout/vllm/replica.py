@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import resource
 import time
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from workers.protocol import RolloutBlock, SequenceMeta, Trajectory, split
@@ -39,7 +41,7 @@ class VllmReplica:
         self._rpc("tandem_seed", request.seed + self._rank)
         prompts = [tuple(p.tolist()) for p in split(request.token_ids, request.lengths)]
         parameters = [_sampling(request.sampling, int(g)) for g in request.groups]
-        outputs = self._llm.generate([{"prompt_token_ids": list(p)} for p in prompts], parameters, use_tqdm=False)
+        outputs = self._llm.generate(_as_vllm_prompts(prompts), parameters, use_tqdm=False)
         trajectories = [
             self._trajectory(int(group), sample, prompt, completion)
             for group, prompt, output in zip(request.groups, prompts, outputs, strict=True)
@@ -98,10 +100,17 @@ class VllmReplica:
         return device or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def _as_vllm_prompts(prompts: Sequence[tuple[int, ...]]) -> Any:
+    """The one form of token prompt that every vLLM takes."""
+    return [{"prompt_token_ids": list(p)} for p in prompts]
+
+
 def _environment(spec: RolloutSpec) -> None:
     """What vLLM and its libraries read at import."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings speak of what is done here on purpose
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if spec.device == "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, spec.devices))

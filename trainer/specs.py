@@ -1,0 +1,152 @@
+"""From configuration to the plain settings workers are built from. Pure: nothing is started or read here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainer.config.schema import Config, FsdpConfig, OptimConfig
+from trainer.data.order import steps_per_epoch
+from trainer.inputs import Inputs, absolute
+from trainer.placement import Device, DeviceType
+from workers.engines.base import EngineSpec, OptimizerSpec, ShardSpec
+from workers.rollout.spec import RolloutSpec, SamplingSpec
+
+_MASTER_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What follows from the configuration. Steps are training steps, updates optimizer steps."""
+
+    steps_per_epoch: int
+    total_steps: int
+    actor_updates_per_step: int
+    critic_updates_per_step: int
+
+
+def sizes(cfg: Config, inputs: Inputs) -> Sizes:
+    """Derived counts. Raises ValueError if the data have fewer prompts than a batch."""
+    batch = cfg.data.train_batch_size
+    per_epoch = steps_per_epoch(len(inputs.train), batch)
+    actor, critic = cfg.actor_rollout_ref.actor, cfg.critic
+    return Sizes(
+        steps_per_epoch=per_epoch,
+        total_steps=cfg.trainer.total_training_steps or per_epoch * cfg.trainer.total_epochs,
+        actor_updates_per_step=batch // actor.ppo_mini_batch_size * actor.ppo_epochs,
+        critic_updates_per_step=batch // critic.ppo_mini_batch_size * critic.ppo_epochs,
+    )
+
+
+def sampling_spec(cfg: Config, inputs: Inputs) -> SamplingSpec:
+    """How training samples."""
+    rollout = cfg.actor_rollout_ref.rollout
+    asked = rollout.calculate_log_probs
+    return SamplingSpec(
+        n=rollout.n,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        max_tokens=cfg.data.max_response_length,
+        ignore_eos=rollout.ignore_eos,
+        stop_token_ids=() if rollout.ignore_eos else inputs.eos_ids,
+        logprobs="monitor" if asked == "monitor" else "all" if asked else "none",
+    )
+
+
+def rollout_spec(cfg: Config, inputs: Inputs, kind: DeviceType, devices: list[Device]) -> RolloutSpec:
+    """One replica on its devices."""
+    rollout, model = cfg.actor_rollout_ref.rollout, cfg.actor_rollout_ref.model
+    return RolloutSpec(
+        model_path=inputs.model_path,
+        tokenizer_path=inputs.tokenizer_path,
+        trust_remote_code=model.trust_remote_code,
+        override_config=model.override_config,
+        device=kind,
+        devices=tuple(d.local_index for d in devices),
+        tensor_parallel_size=len(devices),
+        dtype=rollout.dtype,
+        max_model_len=rollout.max_model_len or cfg.max_sequence_length,
+        max_num_seqs=rollout.max_num_seqs,
+        max_num_batched_tokens=rollout.max_num_batched_tokens,
+        enforce_eager=rollout.enforce_eager,
+        enable_prefix_caching=rollout.enable_prefix_caching,
+        enable_chunked_prefill=rollout.enable_chunked_prefill,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        kv_cache_gb=rollout.kv_cache_gb or (1.0 if kind == "cpu" else None),
+        sleep_level=_sleep_level(cfg, kind),
+        load_format=rollout.load_format,
+        seed=rollout.seed,
+        threads=1,  # more than one spin against the training processes on the same cores
+        engine_kwargs=rollout.engine_kwargs.vllm,
+    )
+
+
+def actor_spec(cfg: Config, inputs: Inputs, sizes: Sizes) -> EngineSpec:
+    """The policy that is trained."""
+    actor, model = cfg.actor_rollout_ref.actor, cfg.actor_rollout_ref.model
+    return EngineSpec(
+        model_path=inputs.model_path,
+        head="logprobs",
+        sharding=_sharding(actor.fsdp_config),
+        optimizer=_optimizer(actor.optim, sizes.total_steps * sizes.actor_updates_per_step),
+        gradient_checkpointing=model.enable_gradient_checkpointing,
+        share_prompt=model.share_prompt,
+        trust_remote_code=model.trust_remote_code,
+        override_config=model.override_config,
+    )
+
+
+def reference_spec(cfg: Config, inputs: Inputs) -> EngineSpec:
+    """The frozen reference: forward only."""
+    fsdp, model = cfg.actor_rollout_ref.ref.fsdp_config, cfg.actor_rollout_ref.model
+    return EngineSpec(
+        model_path=inputs.model_path,
+        head="logprobs",
+        sharding=ShardSpec(fsdp.dtype, fsdp.dtype, fsdp.reshard_after_forward, fsdp.wrap_min_num_params),
+        optimizer=None,
+        gradient_checkpointing=False,
+        share_prompt=model.share_prompt,
+        trust_remote_code=model.trust_remote_code,
+        override_config=model.override_config,
+    )
+
+
+def critic_spec(cfg: Config, sizes: Sizes) -> EngineSpec:
+    """The value function."""
+    critic, model = cfg.critic, cfg.actor_rollout_ref.model
+    return EngineSpec(
+        model_path=absolute(critic.model.path),
+        head="values",
+        sharding=_sharding(critic.fsdp),
+        optimizer=_optimizer(critic.optim, sizes.total_steps * sizes.critic_updates_per_step),
+        gradient_checkpointing=critic.model.enable_gradient_checkpointing,
+        share_prompt=model.share_prompt,
+        trust_remote_code=model.trust_remote_code,
+        override_config=model.override_config,
+    )
+
+
+def _sleep_level(cfg: Config, kind: DeviceType) -> int:
+    rollout = cfg.actor_rollout_ref.rollout
+    if kind == "cpu" or not rollout.free_cache_engine:
+        return 0
+    return 2 if rollout.sleep_level == "auto" else rollout.sleep_level
+
+
+def _sharding(fsdp: FsdpConfig) -> ShardSpec:
+    return ShardSpec(fsdp.dtype, _MASTER_DTYPES[fsdp.model_dtype], fsdp.reshard_after_forward, fsdp.wrap_min_num_params)
+
+
+def _optimizer(optim: OptimConfig, total_updates: int) -> OptimizerSpec:
+    warmup = optim.lr_warmup_steps
+    return OptimizerSpec(
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        betas=optim.betas,
+        eps=optim.eps,
+        clip_grad=optim.clip_grad,
+        lr_scheduler_type=optim.lr_scheduler_type,
+        warmup_steps=int(optim.lr_warmup_steps_ratio * total_updates) if warmup < 0 else warmup,
+        min_lr_ratio=optim.min_lr_ratio,
+        total_steps=total_updates,
+    )
