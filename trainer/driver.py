@@ -64,10 +64,10 @@ class Driver:
         samples = self.source.generate(f"train-{step}", prompts, self.sampling, seed=(TRAIN, step), sleep=True)
         samples, errors = drop_failed(samples, max_error_rate=self.cadence.max_reward_error_rate)
         with self.phases("annotate"):
-            self.reference.annotate(samples, "ref_logprobs")
-            self.critic.annotate(samples, "values")
+            self.reference.annotate(samples, "ref_logprobs", step=step)
+            self.critic.annotate(samples, "values", step=step)
             if self.cadence.old_logprobs:
-                self.actor.annotate(samples, "old_logprobs")
+                self.actor.annotate(samples, "old_logprobs", step=step)
             advantages, measured = self.advantages.compute(samples, self.state.kl)
         with self.phases("update"):
             metrics = update_metrics("critic", self.critic.update(samples, step=step))

@@ -24,14 +24,25 @@ RankOf = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
+class Passes:
+    """In which passes a batch is trained on: prompts per optimizer step, epochs, and the seed of their order."""
+
+    groups_per_minibatch: int
+    epochs: int
+    shuffle_seed: int | None
+
+    def seed(self, step: int) -> tuple[int, int] | None:
+        """Seed of the order of one step's prompts; None: in order."""
+        return None if self.shuffle_seed is None else (self.shuffle_seed, step)
+
+
+@dataclass(frozen=True, slots=True)
 class UpdateSettings:
     """How one batch becomes optimizer steps. length: divisor of seq-mean-token-sum-norm, tokens."""
 
     loss: Loss
     entropy: bool
-    groups_per_minibatch: int
-    epochs: int
-    shuffle_seed: int | None
+    passes: Passes
     length: float
     columns: tuple[str, ...]
 
@@ -51,7 +62,7 @@ class UpdateReport:
 class Role(Protocol):
     """A training-side role."""
 
-    def annotate(self, samples: Samples, column: str) -> None:
+    def annotate(self, samples: Samples, column: str, *, step: int) -> None:
         """Adds what the model says of the response tokens (log-probs or values) as a column."""
 
     def update(self, samples: Samples, *, step: int) -> UpdateReport | None:
@@ -67,7 +78,7 @@ class Role(Protocol):
 class AbsentRole:
     """No critic, no reference: the null object."""
 
-    def annotate(self, samples: Samples, column: str) -> None:
+    def annotate(self, samples: Samples, column: str, *, step: int) -> None:
         """Nothing."""
 
     def update(self, samples: Samples, *, step: int) -> None:
@@ -81,7 +92,10 @@ class AbsentRole:
 
 
 class TrainRole:
-    """One model on a group of training ranks."""
+    """One model on a group of training ranks.
+
+    balance: the passes that rows are dealt to ranks for, the actor's: every role finds a row on the same rank.
+    """
 
     def __init__(
         self,
@@ -92,6 +106,7 @@ class TrainRole:
         temperature: float,
         hidden_size: int,
         timeout_s: float,
+        balance: Passes,
         settings: UpdateSettings | None,
     ) -> None:
         self.name = name
@@ -100,11 +115,12 @@ class TrainRole:
         self._temperature = temperature
         self._hidden_size = hidden_size
         self._timeout_s = timeout_s
+        self._balance = balance
         self._settings = settings
 
-    def annotate(self, samples: Samples, column: str) -> None:
+    def annotate(self, samples: Samples, column: str, *, step: int) -> None:
         """One forward pass; the values stay on the training side, as references."""
-        ranks = rank_of(samples, len(self.group), self._hidden_size)
+        ranks = self._rank_of(samples, step)
         plan = plan_forward(
             samples.meta.prompt_length,
             samples.meta.response_length,
@@ -131,12 +147,12 @@ class TrainRole:
             samples.meta.prompt_length,
             samples.meta.response_length,
             samples.meta.group,
-            groups_per_minibatch=settings.groups_per_minibatch,
+            groups_per_minibatch=settings.passes.groups_per_minibatch,
             num_ranks=len(self.group),
             limits=self._limits,
-            epochs=settings.epochs,
-            shuffle_seed=None if settings.shuffle_seed is None else (settings.shuffle_seed, step),
-            rank_of=rank_of(samples, len(self.group), self._hidden_size),
+            epochs=settings.passes.epochs,
+            shuffle_seed=settings.passes.seed(step),
+            rank_of=self._rank_of(samples, step),
             hidden_size=self._hidden_size,
         )
         shares = [plan.rows_of_rank(r) for r in range(len(self.group))]
@@ -156,6 +172,22 @@ class TrainRole:
         results = self.group.scatter(TrainWorker.update, arguments).result(self._timeout_s)
         return _report(results[0][0], max(peak for _, peak in results))
 
+    def _rank_of(self, samples: Samples, step: int) -> RankOf:
+        """Which rank holds which row, [S]: dealt once per batch, so that ranks build their share once."""
+        num_ranks = len(self.group)
+        if num_ranks not in samples.rank_of:
+            samples.rank_of[num_ranks] = plan_batch(
+                samples.meta.prompt_length,
+                samples.meta.response_length,
+                samples.meta.group,
+                groups_per_minibatch=self._balance.groups_per_minibatch,
+                num_ranks=num_ranks,
+                limits=self._limits,
+                shuffle_seed=self._balance.seed(step),
+                hidden_size=self._hidden_size,
+            ).rank_of
+        return samples.rank_of[num_ranks]
+
     def save(self, directory: Path) -> None:
         """Writes model and optimizer."""
         self.group.broadcast(TrainWorker.save, self.name, str(directory)).result(self._timeout_s)
@@ -167,20 +199,6 @@ class TrainRole:
     def save_hf(self, directory: Path) -> None:
         """Writes a Hugging Face copy of the model."""
         self.group.broadcast(TrainWorker.save_hf, self.name, str(directory)).result(self._timeout_s)
-
-
-def rank_of(samples: Samples, num_ranks: int, hidden_size: int) -> RankOf:
-    """Which rank holds which row, [S]: the same for every pass over a batch, so that ranks build it once."""
-    plan = plan_batch(
-        samples.meta.prompt_length,
-        samples.meta.response_length,
-        samples.meta.group,
-        groups_per_minibatch=max(1, len(samples.prompts)),
-        num_ranks=num_ranks,
-        limits=Limits(max_tokens=1 << 60),
-        hidden_size=hidden_size,
-    )
-    return plan.rank_of
 
 
 def _for_rank(column: Column, rows: RankOf, samples: Samples) -> Column:

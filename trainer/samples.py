@@ -25,8 +25,9 @@ INLINE_BYTES = 64 << 10
 class Samples:
     """Sequences in deterministic order: by prompt, then sample.
 
-    key: names the batch (workers cache by it). prompts: by group number. blocks: one RolloutBlock reference per replica.
-    meta: [S]; where: [S, 2] = (block, row in block). rewards: [S]; parts: name -> [S].
+    key: names the batch; workers cache by it. prompts: by group number. blocks: one RolloutBlock reference per replica.
+    meta: [S]; where: [S, 2] = (block, row in block). rewards: [S]; parts: name -> [S]; errors: [S], "" if none.
+    rank_of: number of training ranks -> [S], the rank each row was dealt to.
     """
 
     key: str
@@ -38,6 +39,7 @@ class Samples:
     parts: dict[str, FloatArray]
     errors: tuple[str, ...]
     columns: dict[str, Column] = field(default_factory=dict)
+    rank_of: dict[int, npt.NDArray[np.int64]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.meta)

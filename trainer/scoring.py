@@ -27,7 +27,7 @@ def drop_failed(samples: Samples, *, max_error_rate: float) -> tuple[Samples, di
         common = Counter(e for e in samples.errors if e).most_common(3)
         told = "; ".join(f"{count} x {message}" for message, count in common)
         raise RewardErrorRate(
-            f"{failed} of {len(samples)} rewards failed ({rate:.1%}), more than reward.max_error_rate={max_error_rate}: "
-            f"{told}. Mend the reward function, or raise reward.timeout_s or reward.max_error_rate"
+            f"{failed} of {len(samples)} rewards failed ({rate:.1%}), more than reward.max_error_rate="
+            f"{max_error_rate}: {told}. Mend the reward function, or raise reward.timeout_s or reward.max_error_rate"
         )
     return (samples.take(kept) if failed else samples), metrics

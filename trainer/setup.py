@@ -18,7 +18,7 @@ from trainer.driver import Cadence, Driver, validation_sampling
 from trainer.evaluation import Evaluation
 from trainer.inputs import Inputs
 from trainer.placement import Cluster, start
-from trainer.roles import AbsentRole, Role, TrainRole, UpdateSettings
+from trainer.roles import AbsentRole, Passes, Role, TrainRole, UpdateSettings
 from trainer.sources import SyncSource
 from trainer.specs import Sizes, actor_spec, critic_spec, reference_spec, rollout_spec, sampling_spec
 from trainer.state import TrainState
@@ -180,9 +180,7 @@ def _actor(cfg: Config, workers: Workers, inputs: Inputs) -> TrainRole:
     settings = UpdateSettings(
         loss=loss,
         entropy=loss.needs_entropy,
-        groups_per_minibatch=actor.ppo_mini_batch_size,
-        epochs=actor.ppo_epochs,
-        shuffle_seed=actor.data_loader_seed if actor.shuffle else None,
+        passes=_actor_passes(cfg),
         length=loss.length,
         columns=("advantages", "old_logprobs", "ref_logprobs"),
     )
@@ -205,12 +203,11 @@ def _critic(cfg: Config, workers: Workers, inputs: Inputs) -> Role:
         return AbsentRole()
     critic = cfg.critic
     loss = value_loss(critic, cfg.data.max_response_length)
+    seed = cfg.actor_rollout_ref.actor.data_loader_seed
     settings = UpdateSettings(
         loss=loss,
         entropy=False,
-        groups_per_minibatch=critic.ppo_mini_batch_size,
-        epochs=critic.ppo_epochs,
-        shuffle_seed=cfg.actor_rollout_ref.actor.data_loader_seed if critic.shuffle else None,
+        passes=Passes(critic.ppo_mini_batch_size, critic.ppo_epochs, seed if critic.shuffle else None),
         length=loss.length,
         columns=("values", "returns"),
     )
@@ -230,5 +227,11 @@ def _role(
         temperature=cfg.actor_rollout_ref.rollout.temperature,
         hidden_size=inputs.hidden_size,
         timeout_s=cfg.trainer.step_timeout_s,
+        balance=_actor_passes(cfg),
         settings=settings,
     )
+
+
+def _actor_passes(cfg: Config) -> Passes:
+    actor = cfg.actor_rollout_ref.actor
+    return Passes(actor.ppo_mini_batch_size, actor.ppo_epochs, actor.data_loader_seed if actor.shuffle else None)

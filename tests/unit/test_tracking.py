@@ -325,7 +325,16 @@ def test_summary_reads_the_whole_run(tmp_path: Path) -> None:
     sink = JsonlSink(tmp_path)
     sink.log(0, {"val/accuracy": 0.35, "val/greedy_accuracy": 0.5, "time/step": 9.0})
     sink.log(1, {"perf/tokens": 100, "time/step": 2.0, "memory/driver_rss_bytes": 5.0})
-    sink.log(2, {"perf/tokens": 300, "time/step": 2.0, "memory/train_peak_bytes": 8.0, "val/accuracy": 0.9})
+    sink.log(
+        2,
+        {
+            "perf/tokens": 300,
+            "time/step": 5.0,
+            "time/validate": 3.0,
+            "memory/train_peak_bytes": 8.0,
+            "val/accuracy": 0.9,
+        },
+    )
     written = write_summary(
         tmp_path,
         command="python -m trainer.main",

@@ -31,7 +31,8 @@ def write_summary(
 
     What the metrics tell is read from metrics.jsonl, so that it covers a run that was interrupted and resumed:
     accuracy_before/after and greedy_before/after (first and last validation; None without one), steps,
-    tokens_per_second (perf/tokens over time/step of all steps) and peak_memory_bytes (the largest memory/* reading).
+    tokens_per_second (perf/tokens over the time of all steps, validation and saving left out) and
+    peak_memory_bytes (the largest memory/* reading).
 
     command: the command line that reproduces the run.
     seconds_total: wall time of this process; seconds_to_first_step: from its start to that of its first training
@@ -118,7 +119,8 @@ def _text(path: Path) -> str:
 def _tokens_per_second(run: History) -> float | None:
     tokens = dict(run.of("perf/tokens"))
     seconds = {step: value for step, value in run.of("time/step") if step in tokens}
-    total = sum(seconds.values())
+    pauses = [value for name in ("validate", "checkpoint") for step, value in run.of(f"time/{name}") if step in seconds]
+    total = sum(seconds.values()) - sum(pauses)
     return sum(tokens[step] for step in seconds) / total if total > 0 else None
 
 

@@ -76,7 +76,7 @@ def hf_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """`packed_attention` behind transformers' attention interface: [1, heads, tokens, dim] in, [1, tokens, heads, dim] out.
+    """`packed_attention` behind transformers' interface: [1, heads, tokens, dim] in, [1, tokens, heads, dim] out.
 
     Raises RuntimeError where the model did not hand `segments` down (a model whose layers drop keyword arguments).
     """
