@@ -53,8 +53,8 @@ def load_inputs(cfg: Config) -> Inputs:
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"actor_rollout_ref.model.path={model.path}: config or tokenizer cannot be loaded: {error}; give a directory "
-            "with a Hugging Face checkpoint, or a hub name this machine can reach"
+            f"actor_rollout_ref.model.path={model.path}: config or tokenizer cannot be loaded: {error}; give a "
+            "directory with a Hugging Face checkpoint, or a hub name this machine can reach"
         ) from error
     fields = config.to_dict() | model.override_config
     data = cfg.data

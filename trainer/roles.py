@@ -203,7 +203,7 @@ class TrainRole:
 
 def _for_rank(column: Column, rows: RankOf, samples: Samples) -> Column:
     """A column computed here and small enough to travel is cut to the rank's rows."""
-    (source, covered), *more = column.parts
+    (source, _), *more = column.parts
     if more or not isinstance(source, np.ndarray):
         return column
     ends = np.cumsum(samples.meta.response_length)

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import ray
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -76,6 +76,7 @@ class Run:
     started: float
     stop: Stop
     first_step_at: float | None = None
+    saving: Metrics = field(default_factory=dict)
 
     def train(self) -> None:
         """All steps that are left. Raises Interrupted after a requested stop."""
@@ -86,31 +87,36 @@ class Run:
         while not driver.finished:
             self._one_step()
             if self.stop.requested.is_set() and not driver.finished:
-                self.save()
+                if not driver.is_checkpoint_due():
+                    self.save()
                 raise Interrupted
 
     def _one_step(self) -> None:
         driver = self.driver
         self.phases.step(driver.state.step + 1)
         self.first_step_at = self.first_step_at or time.time()
-        begun = time.monotonic()
         samples, metrics = driver.step()
-        seconds = time.monotonic() - begun
         validated: Samples | None = None
         if driver.is_validation_due():
             measured, validated = driver.validate()
             metrics |= measured
-        driver.state.seconds += seconds
-        if driver.is_checkpoint_due():
-            with self.phases("checkpoint"):
-                self.save()
-        metrics |= self._throughput(samples) | self._position()
-        self._record(metrics | self.phases.metrics(), samples, phase="train")
+        metrics |= self._throughput(samples) | self._position() | self.saving
+        self._record(self.phases.metrics() | metrics, samples, phase="train")
+        self.saving = {}
         if validated is not None:
             self.tracker.completions(driver.state.step, self._rows(validated, "val"))
+        if driver.is_checkpoint_due():
+            self.save()  # after the line is written: a kill in between repeats the step, and never loses it
 
     def save(self) -> Path:
-        """Writes a checkpoint of now."""
+        """Writes a checkpoint of now. Its seconds are logged with the next step."""
+        begun = time.monotonic()
+        with self.phases("checkpoint"):
+            path = self._write_checkpoint()
+        self.saving = {"time/checkpoint": time.monotonic() - begun}
+        return path
+
+    def _write_checkpoint(self) -> Path:
         driver, cfg = self.driver, self.cfg
         writers = {"actor": driver.actor.save}
         if cfg.use_critic:
@@ -174,7 +180,7 @@ class Run:
 
     def _throughput(self, samples: Samples) -> Metrics:
         times = self.phases.metrics()
-        work = times["time/step"] - times.get("time/validate", 0.0) - times.get("time/checkpoint", 0.0)
+        work = times["time/step"] - times.get("time/validate", 0.0)
         meta = samples.meta
         tokens = float((meta.prompt_length + meta.response_length).sum())
         return {

@@ -12,7 +12,7 @@ from trainer.data.order import PromptOrder
 @dataclass(slots=True)
 class TrainState:
     """step: finished training steps. weight_version: of the weights the replicas hold (one per sync).
-    order: place in the data. kl: controller of the KL penalty. seconds: training time of all processes so far.
+    order: place in the data. kl: controller of the KL penalty.
 
     Sampling needs no generator state: each call's seed follows from rollout.seed and the step.
     """
@@ -21,14 +21,12 @@ class TrainState:
     kl: KLController
     step: int = 0
     weight_version: int = 0
-    seconds: float = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""
         return {
             "step": self.step,
             "weight_version": self.weight_version,
-            "seconds": self.seconds,
             "order": self.order.state_dict(),
             "kl": self.kl.state_dict(),
         }
@@ -39,4 +37,3 @@ class TrainState:
         self.kl.load_state_dict(state["kl"])
         self.step = int(state["step"])
         self.weight_version = int(state["weight_version"])
-        self.seconds = float(state["seconds"])

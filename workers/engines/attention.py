@@ -3,7 +3,7 @@
 The rows of a packed micro-batch attend along `Segments`: causal runs in which a prompt shared by several responses
 appears once per response, although its projections were computed once. On CPU the runs are gathered into a few
 rectangles of similar length for PyTorch's SDPA: causal attention never looks right, so the padding on the right of a
-run cannot be seen and needs no mask. On CUDA the runs go to PyTorch's variable-length flash attention.
+run cannot be seen and needs no mask. On CUDA in half precision the runs go to PyTorch's variable-length flash attention.
 
 Registered with transformers under `ATTENTION_NAME`; models get the segments as the keyword `segments`.
 """
@@ -30,9 +30,9 @@ BUCKET_WASTE = 1.25
 class PackedLayout:
     """`Segments` made ready for one device, computed once per micro-batch and used by every layer.
 
-    rows: packed row of every element attention works on: the runs, on CPU filled up to rectangles.
+    rows: packed row of every element attention works on: the runs, for SDPA filled up to rectangles.
     owner: [num_tokens], which of those elements gives each packed row its output.
-    rectangles: on CPU, (number of runs, width) of each rectangle, in order.
+    rectangles: for SDPA, (number of runs, width) of each rectangle, in order; none for flash attention.
     cumulative: [num_runs + 1] int32, where each run begins. max_length: of a run.
     """
 
@@ -43,13 +43,14 @@ class PackedLayout:
     max_length: int
 
 
-def prepare(segments: Segments) -> PackedLayout:
-    """Lays the runs out for the device their tensors are on."""
+def prepare(segments: Segments, dtype: torch.dtype) -> PackedLayout:
+    """Lays the runs out for the device their tensors are on and the dtype attention will compute in."""
     lengths = np.asarray(segments.lengths, dtype=np.int64)
     cumulative = np.concatenate([[0], np.cumsum(lengths)])
-    if segments.rows.device.type == "cpu":
+    device = segments.rows.device
+    if device.type == "cpu" or dtype == torch.float32:  # flash attention knows half precision only
         return _rectangles(segments, lengths, cumulative)
-    bounds = torch.from_numpy(cumulative.astype(np.int32)).to(segments.rows.device, non_blocking=True)
+    bounds = torch.from_numpy(cumulative.astype(np.int32)).to(device, non_blocking=True)
     return PackedLayout(segments.rows, segments.owner, (), bounds, int(lengths.max()))
 
 
@@ -59,7 +60,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLa
     query: [num_tokens, num_heads, head_dim]; key, value: [num_tokens, num_kv_heads, head_dim].
     Returns [num_tokens, num_heads, head_dim].
     """
-    if query.device.type == "cpu":
+    if layout.rectangles:
         expanded = _sdpa(query, key, value, layout, scale)
     else:
         expanded = _varlen(query, key, value, layout, scale)
@@ -120,7 +121,8 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
 
 def _rectangles(segments: Segments, lengths: np.ndarray, starts: np.ndarray) -> PackedLayout:
     """Runs sorted by length and cut into buckets; one flat gather index for all of them."""
-    rows = segments.rows.numpy()
+    device = segments.rows.device
+    rows = segments.rows.cpu().numpy()
     gather: list[np.ndarray] = []
     place = np.empty(len(rows), dtype=np.int64)  # run element -> its place in the rectangles
     shapes: list[tuple[int, int]] = []
@@ -134,8 +136,8 @@ def _rectangles(segments: Segments, lengths: np.ndarray, starts: np.ndarray) -> 
         place[elements[inside]] = (np.arange(elements.size).reshape(elements.shape) + size)[inside]
         shapes.append((len(runs), width))
         size += elements.size
-    owner = torch.from_numpy(place[segments.owner.numpy()])
-    index = torch.from_numpy(np.concatenate(gather))
+    owner = torch.from_numpy(place[segments.owner.cpu().numpy()]).to(device)
+    index = torch.from_numpy(np.concatenate(gather)).to(device)
     return PackedLayout(index, owner, tuple(shapes), torch.from_numpy(starts.astype(np.int32)), int(lengths.max()))
 
 

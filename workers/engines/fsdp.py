@@ -130,7 +130,7 @@ class FSDPEngine:
         outputs, entropies = self._module(
             micro.input_ids,
             micro.position_ids,
-            prepare(micro.segments),
+            prepare(micro.segments, getattr(torch, self._spec.sharding.dtype)),
             micro.predictor,
             micro.targets,
             temperature,
