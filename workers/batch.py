@@ -217,7 +217,7 @@ def _picked_mask(blocks: Sequence[RolloutBlock], index: npt.NDArray[np.intp], to
         )
         for b in blocks
     ]
-    return torch.from_numpy(np.concatenate([parts[b][r] for b, r in index]))
+    return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.bool_), *(parts[b][r] for b, r in index)]))
 
 
 def _picked_logprobs(
@@ -227,4 +227,4 @@ def _picked_logprobs(
         np.full(len(b.response_ids), np.nan, dtype=np.float32) if b.logprobs is None else b.logprobs for b in blocks
     ]
     parts = [split(f, m.response_length) for f, m in zip(flat, metas, strict=True)]
-    return torch.from_numpy(np.concatenate([parts[b][r] for b, r in index]))
+    return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.float32), *(parts[b][r] for b, r in index)]))

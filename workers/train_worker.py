@@ -96,6 +96,8 @@ class TrainWorker:
 
         if self._device_type == "cpu":
             torch.set_num_threads(self._threads)
+        else:
+            torch.cuda.set_device(0)
         if self._store is None:
             self._store = TCPStore(host, port, self._world_size, timeout=self._timeout)
         dist.init_process_group(

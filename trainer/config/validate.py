@@ -137,6 +137,11 @@ def _sleep(cfg: Config) -> Iterator[str]:
 
 def _devices(cfg: Config) -> Iterator[str]:
     roles = cfg.actor_rollout_ref
+    if cfg.trainer.nnodes > 1:
+        yield (
+            f"trainer.nnodes={cfg.trainer.nnodes}: weights travel through shared memory, which reaches one node; "
+            "set trainer.nnodes=1"
+        )
     mappings: dict[str, DeviceMapping] = {f"{ACTOR}.device_mapping": roles.actor.device_mapping}
     if cfg.use_reference and roles.ref.device_mapping != roles.actor.device_mapping:
         mappings["actor_rollout_ref.ref.device_mapping"] = roles.ref.device_mapping

@@ -10,6 +10,7 @@ Registered with transformers under `ATTENTION_NAME`; models get the segments as 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -79,13 +80,31 @@ def hf_attention(
 ) -> tuple[Tensor, None]:
     """`packed_attention` behind transformers' interface: [1, heads, tokens, dim] in, [1, tokens, heads, dim] out.
 
-    Raises RuntimeError where the model did not hand `segments` down (a model whose layers drop keyword arguments).
+    Raises RuntimeError where the model did not hand `segments` down (a model whose layers drop keyword arguments), and
+    where it wants another kind of attention: a window shorter than a sequence, capped scores, attention sinks.
     """
-    layout = kwargs.get("segments")
+    layout = kwargs.pop("segments", None)
     if layout is None:
         raise RuntimeError(f"{type(module).__name__} did not pass `segments` on: this architecture cannot run packed")
+    _check_kind(module, layout, **kwargs)
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     return packed_attention(q, k, v, layout, scaling).unsqueeze(0), None
+
+
+def _check_kind(
+    module: nn.Module,
+    layout: PackedLayout,
+    *,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> None:
+    windowed = sliding_window is not None and layout.max_length > sliding_window
+    refused = {"sliding_window": windowed, "softcap": softcap is not None, "s_aux (attention sinks)": s_aux is not None}
+    if any(refused.values()):
+        names = ", ".join(name for name, is_refused in refused.items() if is_refused)
+        raise RuntimeError(f"{type(module).__name__} uses {names}: packed attention is plain causal attention")
 
 
 def register() -> None:
@@ -108,7 +127,7 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
         (grad,) = grads
-        flat = grad.reshape(grad.shape[0], -1)
+        flat = grad.reshape(grad.shape[0], math.prod(grad.shape[1:]))  # -1 would be ambiguous for no rows
         total = torch.ops.aten.embedding_dense_backward(flat, index, ctx.num_rows, -1, False)
         return total.view(ctx.num_rows, *grad.shape[1:]), None
 

@@ -28,8 +28,8 @@ class _TokenLogprobs(torch.autograd.Function):
             log_z[rows] = torch.logsumexp(logits, dim=-1)
             logprobs[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1) - log_z[rows]
             if entropy:
-                p = torch.exp(logits - log_z[rows, None])
-                entropies[rows] = log_z[rows] - (p * logits).sum(-1)
+                logp = logits - log_z[rows, None]
+                entropies[rows] = -(torch.exp(logp) * logp).sum(-1)  # log_z - sum(p * logits) would cancel
         ctx.save_for_backward(hidden, weight, targets, log_z, entropies)
         ctx.settings = (temperature, entropy, chunk)
         return logprobs, entropies

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from workers.engines import attention
 from workers.engines.attention import PackedLayout, gather_rows
@@ -69,6 +70,7 @@ class ValueModel(nn.Module):
 def load_model(spec: EngineSpec) -> LogprobModel | ValueModel:
     """The spec's model on CPU with its weights in `master_dtype`."""
     attention.register()
+    logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(spec.model_path, trust_remote_code=spec.trust_remote_code)
     for name, value in spec.override_config.items():
         setattr(config, name, value)

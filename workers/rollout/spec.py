@@ -82,3 +82,14 @@ class GenerateStats:
     seconds: float
     tokens: int
     peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateReport:
+    """One weight update of one replica: parameters received, and the checksum of the weights it now holds.
+
+    checksum: None where each worker holds a part of the model (tensor parallelism), whose bits do not add up.
+    """
+
+    parameters: int
+    checksum: int | None

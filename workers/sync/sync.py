@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from workers.group import WorkerGroup
+from workers.rollout.spec import UpdateReport
 from workers.rollout.vllm.replica import VllmReplica
 from workers.sync.shm import Bucket
 from workers.train_worker import TrainWorker
@@ -53,14 +54,9 @@ class WeightSync:
         return _verified(buckets, reports, version)
 
 
-def _verified(buckets: list[Bucket], reports: list[dict[str, int]], version: int) -> SyncReport:
+def _verified(buckets: list[Bucket], reports: list[UpdateReport], version: int) -> SyncReport:
     sent = sum(b.checksum for b in buckets) % (1 << 64)
     for rank, report in enumerate(reports):
-        if report["values_sent"] != report["values_held"]:
-            raise RuntimeError(
-                f"weight sync {version}: {report['values_sent']} values were sent to replica {rank}, "
-                f"which holds {report['values_held']}"
-            )
-        if report["checksum"] != sent:
+        if report.checksum is not None and report.checksum != sent:
             raise RuntimeError(f"weight sync {version}: replica {rank} does not hold the trainers' weights (checksum)")
-    return SyncReport(version, reports[0]["parameters"], sum(b.num_bytes for b in buckets))
+    return SyncReport(version, reports[0].parameters, sum(b.num_bytes for b in buckets))

@@ -40,7 +40,7 @@ class TandemWorkerExtension:
     def tandem_begin_update(self) -> None:
         """Marks every parameter as not yet written (NaN), so that `tandem_finish_update` sees what was left out."""
         self._tandem_reader = getattr(self, "_tandem_reader", None) or ShmReader()
-        self._tandem_seen: dict[str, int] = {}
+        self._tandem_seen: set[str] = set()
         for parameter in _parameters(self.model_runner.model).values():
             if parameter.is_floating_point():
                 parameter.fill_(float("nan"))
@@ -48,14 +48,14 @@ class TandemWorkerExtension:
     def tandem_load_bucket(self, messages: list[dict[str, object]]) -> None:
         """Loads one bucket from all training ranks. Raises RuntimeError for a parameter that came twice."""
         weights = list(self._tandem_reader.read(messages))
-        for name, tensor in weights:
+        for name, _ in weights:
             if name in self._tandem_seen:
                 raise RuntimeError(f"weight sync: {name} came twice in one update")
-            self._tandem_seen[name] = tensor.numel()
+            self._tandem_seen.add(name)
         self.model_runner.model.load_weights(iter(weights))
 
     def tandem_finish_update(self) -> dict[str, int]:
-        """Checks that everything was written once; returns the number of parameters and values, and the checksum.
+        """Checks that everything was written; returns the number of parameters received and the checksum of all held.
 
         Raises RuntimeError naming the parameters that were not written, or written in part.
         """
@@ -65,8 +65,6 @@ class TandemWorkerExtension:
             raise RuntimeError(f"weight sync: not (fully) written, or NaN: {', '.join(missing[:8])}")
         return {
             "parameters": len(self._tandem_seen),
-            "values_sent": sum(self._tandem_seen.values()),
-            "values_held": sum(p.numel() for p in parameters.values()),
             "checksum": sum(checksum(p) for p in parameters.values()) % (1 << 64),
         }
 

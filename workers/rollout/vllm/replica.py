@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from workers.protocol import RolloutBlock, SequenceMeta, Trajectory, split
-from workers.rollout.spec import MONITOR_EVERY, GenerateRequest, GenerateStats, RolloutSpec, SamplingSpec
+from workers.rollout.spec import MONITOR_EVERY, GenerateRequest, GenerateStats, RolloutSpec, SamplingSpec, UpdateReport
 
 EXTENSION = "workers.rollout.vllm.extension.TandemWorkerExtension"
 
@@ -59,12 +59,12 @@ class VllmReplica:
         """Loads one bucket of parameters from all training ranks."""
         self._rpc("tandem_load_bucket", messages)
 
-    def finish_update(self, version: int) -> dict[str, int]:
+    def finish_update(self, version: int) -> UpdateReport:
         """Checks the update, forgets cached prefixes and takes the new version number."""
         reports: list[dict[str, int]] = self._rpc("tandem_finish_update")
         self._llm.reset_prefix_cache()
         self._version = version
-        return reports[0]
+        return UpdateReport(reports[0]["parameters"], reports[0]["checksum"] if len(reports) == 1 else None)
 
     def sleep(self) -> None:
         """Gives device memory back, as far as `sleep_level` says."""

@@ -1,0 +1,227 @@
+"""Run the real command line as a user does, and read what it leaves behind.
+
+    with launch(tmp_path / "run", "trainer.total_training_steps=4") as process:
+        outcome = process.wait()
+    assert outcome.status == 0, outcome.told
+    steps = outcome.steps()
+
+Every process that a run starts carries a mark in its environment, so that a test can prove that none is left, and end
+those of its own runs only, whoever else uses Ray on the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN_TIMEOUT_S = 240.0
+CLEANUP_TIMEOUT_S = 25.0
+MARK = "TANDEM_E2E_MARK"
+_NOT_INHERITED = ("RAY_ADDRESS", "PYTHONPATH", "WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL")
+_VARYING = ("time/", "perf/", "memory/")
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A process that has ended. directory: of the run; seconds: how long the process lived."""
+
+    directory: Path
+    arguments: tuple[str, ...]
+    status: int
+    stdout: str
+    stderr: str
+    seconds: float
+
+    @property
+    def told(self) -> str:
+        """All that a person saw, for messages of failed assertions."""
+        return (
+            f"status {self.status} after {self.seconds:.1f} s: {' '.join(self.arguments)}\n"
+            f"--- stdout\n{self.stdout[-6000:]}\n--- stderr\n{self.stderr[-6000:]}"
+        )
+
+    def records(self) -> list[Record]:
+        """All lines of metrics.jsonl."""
+        return read_jsonl(self.directory / "metrics.jsonl")
+
+    def steps(self) -> list[Record]:
+        """Lines of training steps, in the order written."""
+        return [record for record in self.records() if record["step"] > 0]
+
+    def summary(self) -> Record:
+        """summary.json."""
+        content: Record = json.loads((self.directory / "summary.json").read_text())
+        return content
+
+    def checkpoints(self) -> list[Path]:
+        """Directories of complete checkpoints, oldest first."""
+        return sorted((self.directory / "checkpoints").glob("step_*"))
+
+
+class Process:
+    """A run under way, in a process group of its own like a job of an interactive shell."""
+
+    def __init__(self, directory: Path, arguments: tuple[str, ...], environment: Mapping[str, str]) -> None:
+        self.directory = directory
+        self.mark = uuid.uuid4().hex
+        self._arguments = arguments
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        self._out = directory.with_name(f"{directory.name}.{self.mark[:6]}.out")
+        self._err = self._out.with_suffix(".err")
+        inherited = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+        self._started = time.monotonic()
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self._popen = subprocess.Popen(
+                [sys.executable, "-m", "trainer.main", *arguments],
+                cwd=ROOT,
+                env={**inherited, "NETRC": os.devnull, **environment, MARK: self.mark},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+
+    def wait(self, timeout_s: float = RUN_TIMEOUT_S) -> Outcome:
+        """Wait for the end; AssertionError with the output if it does not come."""
+        try:
+            status = self._popen.wait(max(0.0, timeout_s - (time.monotonic() - self._started)))
+        except subprocess.TimeoutExpired:
+            stuck = self._outcome(-1)
+            raise AssertionError(f"the run did not end in {timeout_s:.0f} s\n{stuck.told}") from None
+        return self._outcome(status)
+
+    def wait_for_step(self, step: int) -> Record:
+        """Wait until the line of a training step is written; returns it."""
+
+        def line() -> Record | None:
+            found = [r for r in read_jsonl(self.directory / "metrics.jsonl") if r["step"] >= step]
+            return found[-1] if found else None
+
+        def written() -> Record | None:
+            record = line()
+            if record is None and self._popen.poll() is not None:
+                raise AssertionError(f"the run ended before step {step}\n{self._outcome(self._popen.returncode).told}")
+            return record
+
+        return wait_until(written, RUN_TIMEOUT_S, f"step {step}")
+
+    def kill(self) -> None:
+        """SIGKILL to the driver alone: it can tell nobody."""
+        self._popen.kill()
+        self._popen.wait()
+
+    def interrupt(self) -> None:
+        """SIGINT to the process group: what Ctrl-C does in a terminal."""
+        os.killpg(self._popen.pid, signal.SIGINT)
+
+    def survivors(self) -> dict[int, str]:
+        """Processes of this run that still live: pid to command line."""
+        return marked_processes(self.mark)
+
+    def close(self) -> None:
+        """End everything that this run started; AssertionError if it had not ended by itself."""
+        running = self._popen.poll() is None
+        if running:
+            self._popen.kill()
+            self._popen.wait()
+        try:
+            wait_until(lambda: not self.survivors(), CLEANUP_TIMEOUT_S, "the end of the run's processes")
+        finally:
+            end_marked(self.mark)
+
+    def _outcome(self, status: int) -> Outcome:
+        return Outcome(
+            directory=self.directory,
+            arguments=self._arguments,
+            status=status,
+            stdout=self._out.read_text(errors="replace"),
+            stderr=self._err.read_text(errors="replace"),
+            seconds=time.monotonic() - self._started,
+        )
+
+
+@contextmanager
+def launch(
+    directory: Path, *overrides: str, config: str = "quickstart", environment: Mapping[str, str] | None = None
+) -> Iterator[Process]:
+    """Start `python -m trainer.main --config-name <config> <overrides>`; at the end no process of it may be left."""
+    arguments = ("--config-name", config, f"trainer.default_local_dir={directory}", *overrides)
+    process = Process(directory, arguments, environment or {})
+    try:
+        yield process
+    except BaseException:
+        end_marked(process.mark)
+        raise
+    process.close()
+
+
+def run(
+    directory: Path, *overrides: str, config: str = "quickstart", environment: Mapping[str, str] | None = None
+) -> Outcome:
+    """A whole run, from the command to its end."""
+    with launch(directory, *overrides, config=config, environment=environment) as process:
+        return process.wait()
+
+
+def read_jsonl(path: Path) -> list[Record]:
+    """Objects of a JSON-lines file that may be written to at this moment; none if it is missing."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def reproducible(record: Record) -> dict[str, float]:
+    """The metrics of a step that must be the same whenever and wherever it is computed."""
+    return {name: value for name, value in record.items() if not name.startswith(_VARYING)}
+
+
+def marked_processes(mark: str) -> dict[int, str]:
+    """Living processes with this mark in their environment: pid to command line."""
+    wanted = f"{MARK}={mark}".encode()
+    found: dict[int, str] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                    command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    found[int(entry.name)] = command.strip()
+            except OSError:
+                continue  # it ended while we looked, or is somebody else's
+    return found
+
+
+def end_marked(mark: str) -> None:
+    """SIGKILL to every process with this mark."""
+    for pid in marked_processes(mark):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def wait_until(condition: Callable[[], T | None], timeout_s: float, what: str) -> T:
+    """The first true result of `condition`; AssertionError after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        result = condition()
+        if result:
+            return result
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {timeout_s:.0f} s in vain for {what}")
+        time.sleep(0.02)
+
+
+def open_tail(path: Path) -> IO[str]:
+    """A text file to read on from, whatever is in it."""
+    return path.open(encoding="utf-8", errors="replace")

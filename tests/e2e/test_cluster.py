@@ -1,0 +1,98 @@
+"""Joining a Ray cluster that is already there; and the same numbers however the work is split."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import NO_VALIDATION
+from harness import MARK, Outcome, end_marked, marked_processes, run, wait_until
+
+pytestmark = pytest.mark.e2e
+
+LOOK = """
+import json, sys, ray
+ray.init(address=sys.argv[1], logging_level="error")
+print(json.dumps({"total": ray.cluster_resources(), "free": ray.available_resources(),
+                  "nodes": [node["Alive"] for node in ray.nodes()]}))
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """Address of a Ray cluster of our own with two CPUs."""
+    mark = f"cluster-{os.getpid()}"
+    with socket.socket() as probe, tempfile.TemporaryDirectory(prefix="tray") as directory:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+        probe.close()
+        command = f"start --head --block --num-cpus=2 --include-dashboard=false --temp-dir={directory}"
+        arguments = [*command.split(), "--node-ip-address=127.0.0.1", f"--port={address.split(':')[1]}"]
+        head = subprocess.Popen(
+            [str(Path(sys.executable).with_name("ray")), *arguments, "--min-worker-port=0", "--max-worker-port=0"],
+            env={**os.environ, MARK: mark},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            wait_until(lambda: _listens(address), 60, "the cluster to start")
+            yield address
+            assert head.poll() is None, "the cluster must outlive the runs that joined it"
+        finally:
+            head.send_signal(signal.SIGTERM)
+            try:
+                head.wait(20)
+            finally:
+                end_marked(mark)
+                assert marked_processes(mark) == {}
+
+
+@pytest.fixture(scope="module")
+def joined_run(runs: Path, cluster: str) -> Outcome:
+    """Three steps of the main run on that cluster, with the work of an update split in quite another way."""
+    outcome = run(
+        runs / "joined",
+        *NO_VALIDATION,
+        "trainer.total_training_steps=3",
+        "actor_rollout_ref.model.share_prompt=false",
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=64",
+        environment={"RAY_ADDRESS": cluster},
+    )
+    assert outcome.status == 0, outcome.told
+    return outcome
+
+
+def test_the_cluster_is_used_and_stays_up(joined_run: Outcome, cluster: str) -> None:
+    looked = subprocess.run(
+        [sys.executable, "-c", LOOK, cluster], capture_output=True, text=True, timeout=60, check=True
+    )
+    state = json.loads(looked.stdout.splitlines()[-1])
+    assert state["nodes"] == [True]
+    assert state["total"]["CPU"] == 2
+    assert state["free"]["CPU"] == 2, "the run gave its devices back"
+
+
+def test_gradients_do_not_depend_on_the_split(joined_run: Outcome, main_run: Outcome) -> None:
+    """Prompts computed once per response and not once per group, in many micro-batches and not one: same training."""
+    for mine, theirs in zip(joined_run.steps(), main_run.steps(), strict=False):
+        assert mine["reward/mean"] == theirs["reward/mean"], mine["step"]
+        for name in ("actor/pg_loss", "actor/grad_norm", "advantage/std", "response_length/mean"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-5), (mine["step"], name)
+
+
+def _listens(address: str) -> bool:
+    host, port = address.split(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=1).close()
+    except OSError:
+        return False
+    return True

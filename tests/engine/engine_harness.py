@@ -1,0 +1,308 @@
+"""What the engine tests share: tiny models, a ragged table of sequences, and training worlds of one and two ranks.
+
+A world runs a function `f(mesh, *args)` on every rank and returns what each rank answered. The world of one rank is
+this process; that of two ranks is a pair of processes over gloo, started once for all tests.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from tensordict import TensorDict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+
+from trainer.algorithms.aggregation import count_loss_tokens, normalizers
+from trainer.algorithms.losses import PolicyLoss
+from workers.batch import Batch
+from workers.engines.base import EngineSpec, Loss, OptimizerSpec, ShardSpec, StepResult, Update
+from workers.engines.fsdp import FSDPEngine
+from workers.normalizers import Normalizers
+
+VOCABULARY = 37
+LENGTH = 8.0
+ANSWER_SECONDS = 120
+CPU = torch.device("cpu")
+FloatArray = npt.NDArray[np.float32]
+Rows = Sequence[Sequence[int]]
+"""Rows of each micro-batch."""
+Shard = tuple[str, FloatArray, tuple[int, ...], int]
+"""HF name, one rank's rows, full shape, first row."""
+
+NO_WRAP, WRAP = 10**9, 0
+"""EngineSpec's wrap_min_num_params: layers gathered with the rest, or each by itself."""
+
+CONFIGS: dict[str, type[PreTrainedConfig]] = {"qwen2": Qwen2Config, "llama": LlamaConfig, "qwen3": Qwen3Config}
+
+GRADIENT_SCALE = 1e6
+OBSERVED = OptimizerSpec(
+    lr=GRADIENT_SCALE * 1e8,
+    weight_decay=0.0,
+    betas=(0.9, 0.95),
+    eps=1e8,
+    clip_grad=1e9,
+    lr_scheduler_type="constant",
+    warmup_steps=0,
+    min_lr_ratio=0.0,
+    total_steps=10,
+)
+"""AdamW whose first step adds -GRADIENT_SCALE times the gradient: with eps far above it, g / (|g| + eps) is g / eps."""
+
+ADAMW = replace(OBSERVED, lr=1e-3, weight_decay=0.1, eps=1e-6, clip_grad=0.5)
+"""AdamW as people use it; eps is above the rounding noise of gradients that are zero in exact arithmetic."""
+
+LOSS = PolicyLoss(
+    clip_low=0.2,
+    clip_high=0.28,
+    clip_c=3.0,
+    agg_mode="seq-mean-token-mean",
+    entropy_coeff=0.01,
+    calculate_entropy=False,
+    kl_loss_coef=0.1,
+    kl_loss_type="k3",
+    length=LENGTH,
+)
+
+
+def make_model(directory: Path, kind: str, *, tied: bool, seed: int = 0) -> Path:
+    """Writes a tiny checkpoint in which norms and biases are random too."""
+    config = CONFIGS[kind](
+        vocab_size=VOCABULARY,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8 if kind == "qwen3" else 6,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+    )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.1)
+    model.save_pretrained(directory)
+    return directory
+
+
+def make_spec(path: Path, **changes: Any) -> EngineSpec:
+    """An engine in float32 whose step shows its gradient; `changes` are fields of EngineSpec or ShardSpec."""
+    shard_names = ("dtype", "master_dtype", "reshard_after_forward", "wrap_min_num_params")
+    sharding = {n: changes.pop(n) for n in shard_names if n in changes}
+    spec = EngineSpec(
+        model_path=str(path),
+        head="logprobs",
+        sharding=ShardSpec("float32", "float32", True, NO_WRAP),
+        optimizer=OBSERVED,
+        gradient_checkpointing=False,
+        share_prompt=True,
+    )
+    return replace(spec, sharding=replace(spec.sharding, **sharding), **changes)
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """All sequences of a batch and their per-token columns."""
+
+    prompts: list[npt.NDArray[np.int32]]
+    responses: list[npt.NDArray[np.int32]]
+    group: npt.NDArray[np.int32]
+    columns: dict[str, list[npt.NDArray[Any]]]
+
+    def __len__(self) -> int:
+        return len(self.responses)
+
+    @staticmethod
+    def random(seed: int = 0) -> Table:
+        """Twelve ragged sequences of five prompts, one of them empty, with every column the losses read."""
+        rng = np.random.default_rng(seed)
+        lengths = [3, 5, 1, 0, 2, 2, 7, 4, 1, 6, 3, 3]
+        group = np.array([0, 0, 0, 0, 1, 1, 2, 3, 3, 3, 4, 4], dtype=np.int32)
+        prompts = [rng.integers(0, VOCABULARY, size).astype(np.int32) for size in (4, 1, 6, 3, 2)]
+        names = ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs", "values", "returns")
+        columns = {name: [rng.normal(0, 1, n).astype(np.float32) for n in lengths] for name in names}
+        for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs"):
+            columns[name] = [(c * 0.3 - 3.6).astype(np.float32) for c in columns[name]]
+        columns["rollout_logprobs"][1][:] = np.nan
+        masks = [rng.random(n) < 0.8 for n in lengths]
+        responses = [rng.integers(0, VOCABULARY, n).astype(np.int32) for n in lengths]
+        return Table([prompts[g] for g in group], responses, group, columns | {"loss_mask": masks})
+
+    def with_column(self, name: str, value: float, rows: Sequence[int] | None = None) -> Table:
+        """The same with one column filled with a value, in these rows (all)."""
+        chosen = range(len(self)) if rows is None else rows
+        column = [np.full_like(c, value) if i in chosen else c for i, c in enumerate(self.columns[name])]
+        return replace(self, columns=self.columns | {name: column})
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """These rows in this order, as one rank holds them."""
+        flat = {n: np.concatenate([np.zeros(0, c[0].dtype), *(c[r] for r in rows)]) for n, c in self.columns.items()}
+        tokens = {name: torch.from_numpy(values) for name, values in flat.items()}
+        responses = [self.responses[r] for r in rows]
+        size = sum(len(r) for r in responses)
+        return Batch([self.prompts[r] for r in rows], responses, self.group[list(rows)], TensorDict(tokens, [size]))
+
+    def norm(self) -> Normalizers:
+        """Counts of the loss over all sequences."""
+        lengths = np.array([len(r) for r in self.responses], dtype=np.int64)
+        return normalizers(count_loss_tokens(lengths, np.concatenate(self.columns["loss_mask"])), length=LENGTH)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One or more optimizer steps on the same table. split: micro-batches of each rank, as rows of the table."""
+
+    spec: EngineSpec
+    table: Table
+    split: tuple[Rows, ...]
+    loss: Loss = LOSS
+    steps: int = 1
+    temperature: float = 0.8
+    load: Path | None = None
+    save: Path | None = None
+    save_hf: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one rank saw: results of the steps, log-probs per row before the first, the weights after the last."""
+
+    results: list[StepResult]
+    outputs: dict[int, FloatArray]
+    shards: list[Shard]
+    dtypes: set[torch.dtype]
+
+
+def train(mesh: DeviceMesh, job: Job) -> Answer:
+    """A job on one rank: build, load, forward, steps, save."""
+    engine = FSDPEngine(job.spec, mesh, CPU)
+    if job.load is not None:
+        engine.load(job.load)
+    split = job.split[mesh.get_rank()]
+    rows = [row for micro in split for row in micro]
+    batch, place = job.table.batch(rows), {row: i for i, row in enumerate(rows)}
+    local = [[place[row] for row in micro] for micro in split]
+    flat = engine.forward(batch, local, temperature=job.temperature).numpy()
+    outputs = {row: flat[batch.token_index([i])] for row, i in place.items()}
+    update = Update(local, job.table.norm())
+    steps = range(job.steps)
+    results = [engine.train_step(batch, update, job.loss, temperature=job.temperature, entropy=True) for _ in steps]
+    if job.save is not None:
+        engine.save(job.save)
+    if job.save_hf is not None:
+        engine.save_hf(job.save_hf)
+    return Answer(results, outputs, export(engine), {data.dtype for _, data, _, _ in engine.export_weights()})
+
+
+def export(engine: FSDPEngine) -> list[Shard]:
+    """This rank's rows of every parameter, copied."""
+    return [
+        (name, data.detach().float().numpy().copy(), shape, first)
+        for name, data, shape, first in engine.export_weights()
+    ]
+
+
+def assemble(shards: Sequence[list[Shard]]) -> dict[str, FloatArray]:
+    """Whole parameters from all ranks' rows, each written exactly once."""
+    weights: dict[str, FloatArray] = {}
+    written: dict[str, npt.NDArray[np.int64]] = {}
+    for rank in shards:
+        names = [name for name, _, _, _ in rank]
+        assert len(names) == len(set(names)), "a rank exports a parameter once"
+        for name, data, shape, first in rank:
+            target = weights.setdefault(name, np.full(shape, np.nan, dtype=np.float32))
+            counts = written.setdefault(name, np.zeros(shape[0], dtype=np.int64))
+            target[first : first + len(data)] = data
+            counts[first : first + len(data)] += 1
+    assert all((counts == 1).all() for counts in written.values()), "every row exactly once"
+    return weights
+
+
+def relative_error(got: dict[str, FloatArray], expected: dict[str, FloatArray]) -> float:
+    """Largest distance of a parameter from what is expected, in the norm, relative to the latter's norm."""
+    assert got.keys() == expected.keys()
+    errors = []
+    for name, value in expected.items():
+        size = np.linalg.norm(value.astype(np.float64))
+        distance = np.linalg.norm(got[name].astype(np.float64) - value)
+        errors.append(distance / size if size else distance)
+    return float(max(errors))
+
+
+class Solo:
+    """The world of one rank: this process."""
+
+    size = 1
+
+    def __init__(self) -> None:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        self._mesh = init_device_mesh("cpu", (1,))
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """`function(mesh, *args)`, as a list of one."""
+        return [function(self._mesh, *args)]
+
+    def close(self) -> None:
+        """Leaves the process group."""
+        dist.destroy_process_group()
+
+
+class Pair:
+    """The world of two ranks: two processes, which take one function after the other."""
+
+    size = 2
+
+    def __init__(self, directory: Path) -> None:
+        context = mp.get_context("spawn")
+        pipes = [context.Pipe() for _ in range(self.size)]
+        self._ends = [ours for ours, _ in pipes]
+        store = str(directory / "store")
+        ranks = [(rank, self.size, store, theirs) for rank, (_, theirs) in enumerate(pipes)]
+        self._processes = [context.Process(target=_serve, args=rank, daemon=True) for rank in ranks]
+        for process in self._processes:
+            process.start()
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """`function(mesh, *args)` on both ranks; raises what a rank raised, with its traceback."""
+        for end in self._ends:
+            end.send((function, args))
+        answers = [end.recv() if end.poll(ANSWER_SECONDS) else ("no answer", None) for end in self._ends]
+        errors = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(answers) if error]
+        if errors:
+            raise AssertionError("\n".join(errors))
+        return [answer for _, answer in answers]
+
+    def close(self) -> None:
+        """Ends both processes."""
+        for end in self._ends:
+            end.send(None)
+        for process in self._processes:
+            process.join(timeout=10)
+            process.kill()
+
+
+def _serve(rank: int, size: int, store: str, end: Connection) -> None:
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=ANSWER_SECONDS // 2)
+    dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timeout)
+    mesh = init_device_mesh("cpu", (size,))
+    while (work := end.recv()) is not None:
+        function, args = work
+        try:
+            answer = ("", function(mesh, *args))
+        except Exception:
+            answer = (traceback.format_exc(), None)
+        end.send(answer)
+    dist.destroy_process_group()
