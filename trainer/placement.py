@@ -53,7 +53,7 @@ def connect(cfg: Config) -> None:
     """Joins the cluster at ray_kwargs.ray_init.address or RAY_ADDRESS, or starts a local one that ends with us."""
     settings = cfg.ray_kwargs.ray_init
     address = settings.address or os.environ.get("RAY_ADDRESS")
-    quiet: dict[str, Any] = {"logging_level": "warning", "log_to_driver": True}
+    quiet: dict[str, Any] = {"logging_level": "error", "log_to_driver": True}
     if address:
         ray.init(address=address, **quiet)
         return
@@ -102,7 +102,9 @@ def _check_capacity(resource: str, per_node: int, nnodes: int) -> None:
     if len(enough) >= nnodes:
         return
     hint = f"set trainer.n_gpus_per_node={max(counts, default=0)}" if counts else "start Ray nodes first"
-    if len(counts) < nnodes:
+    if not any(counts) and resource == "GPU":
+        hint = "set trainer.device=cpu, or start Ray where its nodes have GPUs"
+    elif len(counts) < nnodes:
         hint = f"set trainer.nnodes={len(counts)} or start more Ray nodes"
     raise ValueError(
         f"trainer.nnodes={nnodes} x trainer.n_gpus_per_node={per_node}: Ray has {len(counts)} node(s) with "

@@ -83,7 +83,9 @@ class Run:
         driver = self.driver
         if driver.state.step == 0 and self.cfg.trainer.val_before_train:
             metrics, samples = driver.validate()
-            self._record(metrics | self.phases.metrics(), samples, phase="val")
+            self.tracker.log(0, metrics | self.phases.metrics())
+            if samples is not None:
+                self.tracker.completions(0, self._val_rows(samples))
         while not driver.finished:
             self._one_step()
             if self.stop.requested.is_set() and not driver.finished:
@@ -101,10 +103,10 @@ class Run:
             measured, validated = driver.validate()
             metrics |= measured
         metrics |= self._throughput(samples) | self._position() | self.saving
-        self._record(self.phases.metrics() | metrics, samples, phase="train")
+        self._record(self.phases.metrics() | metrics, samples)
         self.saving = {}
         if validated is not None:
-            self.tracker.completions(driver.state.step, self._rows(validated, "val"))
+            self.tracker.completions(driver.state.step, self._val_rows(validated))
         if driver.is_checkpoint_due():
             self.save()  # after the line is written: a kill in between repeats the step, and never loses it
 
@@ -151,15 +153,20 @@ class Run:
         self.tracker.finish(summary)
         return summary
 
-    def _record(self, metrics: Metrics, samples: Samples | None, *, phase: str) -> None:
+    def _record(self, metrics: Metrics, samples: Samples) -> None:
         step = self.driver.state.step
         self.tracker.log(step, metrics)
         every = self.cfg.trainer.log_completions_freq
-        if samples is not None and every and (step == 1 or step % every == 0):
-            self.tracker.completions(step, self._rows(samples, phase))
+        if every and (step == 1 or step % every == 0):
+            self.tracker.completions(step, self._rows(samples, "train", COMPLETIONS_PER_STEP))
 
-    def _rows(self, samples: Samples, phase: str) -> list[CompletionRow]:
-        spread = [len(samples) * i // COMPLETIONS_PER_STEP for i in range(min(COMPLETIONS_PER_STEP, len(samples)))]
+    def _val_rows(self, samples: Samples) -> list[CompletionRow]:
+        return self._rows(samples, "val", self.cfg.trainer.log_val_generations)
+
+    def _rows(self, samples: Samples, phase: str, count: int) -> list[CompletionRow]:
+        """`count` samples spread evenly over the batch."""
+        count = min(count, len(samples))
+        spread = [len(samples) * i // count for i in range(count)]
         advantages = samples.sequence_means("advantages") if "advantages" in samples.columns else None
         rows = []
         for row in spread:
@@ -256,6 +263,7 @@ def _execute(
 ) -> int:
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(cfg.model_dump(mode="json"))))
+    console.print("starting workers ...", style="dim")
     workers: Workers = start_workers(cfg, inputs, cluster)
     phases = Phases()
     driver = build(cfg, inputs, workers, derived, phases)
@@ -269,6 +277,7 @@ def _execute(
         console=console,
     )
     driver.publish()
+    console.print(f"ready after {time.time() - started:.0f} s", style="dim")
     session = Run(cfg, inputs, derived, driver, tracker, phases, run_dir, started, stop)
     try:
         session.train()

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_TIMEOUT_S = 240.0
@@ -31,6 +31,7 @@ MARK = "TANDEM_E2E_MARK"
 _NOT_INHERITED = ("RAY_ADDRESS", "PYTHONPATH", "WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL")
 _VARYING = ("time/", "perf/", "memory/")
 Record = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +221,3 @@ def wait_until(condition: Callable[[], T | None], timeout_s: float, what: str) -
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {timeout_s:.0f} s in vain for {what}")
         time.sleep(0.02)
-
-
-def open_tail(path: Path) -> IO[str]:
-    """A text file to read on from, whatever is in it."""
-    return path.open(encoding="utf-8", errors="replace")

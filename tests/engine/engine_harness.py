@@ -6,8 +6,9 @@ this process; that of two ranks is a pair of processes over gloo, started once f
 
 from __future__ import annotations
 
+import math
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -134,7 +135,7 @@ class Table:
         names = ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs", "values", "returns")
         columns = {name: [rng.normal(0, 1, n).astype(np.float32) for n in lengths] for name in names}
         for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs"):
-            columns[name] = [(c * 0.3 - 3.6).astype(np.float32) for c in columns[name]]
+            columns[name] = [(c * 0.15 - 3.6).astype(np.float32) for c in columns[name]]
         columns["rollout_logprobs"][1][:] = np.nan
         masks = [rng.random(n) < 0.8 for n in lengths]
         responses = [rng.integers(0, VOCABULARY, n).astype(np.int32) for n in lengths]
@@ -231,14 +232,22 @@ def assemble(shards: Sequence[list[Shard]]) -> dict[str, FloatArray]:
 
 
 def relative_error(got: dict[str, FloatArray], expected: dict[str, FloatArray]) -> float:
-    """Largest distance of a parameter from what is expected, in the norm, relative to the latter's norm."""
+    """Distance of all parameters together from what is expected, relative to the latter's norm."""
+    return _norm(_difference(got, expected).values()) / _norm(expected.values())
+
+
+def worst_error(got: dict[str, FloatArray], expected: dict[str, FloatArray]) -> float:
+    """The largest distance of one parameter from what is expected, relative to the latter's norm."""
+    return max(_norm([d]) / (_norm([expected[name]]) or 1.0) for name, d in _difference(got, expected).items())
+
+
+def _difference(got: dict[str, FloatArray], expected: dict[str, FloatArray]) -> dict[str, FloatArray]:
     assert got.keys() == expected.keys()
-    errors = []
-    for name, value in expected.items():
-        size = np.linalg.norm(value.astype(np.float64))
-        distance = np.linalg.norm(got[name].astype(np.float64) - value)
-        errors.append(distance / size if size else distance)
-    return float(max(errors))
+    return {name: got[name] - value for name, value in expected.items()}
+
+
+def _norm(values: Iterable[FloatArray]) -> float:
+    return math.sqrt(sum(float(np.sum(v.astype(np.float64) ** 2)) for v in values))
 
 
 class Solo:
@@ -247,6 +256,8 @@ class Solo:
     size = 1
 
     def __init__(self) -> None:
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # a second one would spin against the other world's processes
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         self._mesh = init_device_mesh("cpu", (1,))
 
@@ -257,6 +268,7 @@ class Solo:
     def close(self) -> None:
         """Leaves the process group."""
         dist.destroy_process_group()
+        torch.set_num_threads(self._threads)
 
 
 class Pair:

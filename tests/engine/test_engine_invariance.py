@@ -27,6 +27,7 @@ from engine_harness import (
     make_spec,
     relative_error,
     train,
+    worst_error,
 )
 from safetensors.numpy import load_file
 
@@ -114,6 +115,7 @@ def test_nothing_depends_on_how_it_is_run(
     job = Job(make_spec(qwen2, **way.spec), TABLE, tuple(way.split))
     got = gradient_of(world.run(train, job), before)
     assert relative_error(got.gradient, plain.gradient) < TOLERANCE
+    assert worst_error(got.gradient, plain.gradient) < 3 * TOLERANCE  # some are small sums of large terms
     assert got.grad_norm == pytest.approx(plain.grad_norm, rel=TOLERANCE)
     assert got.metrics == pytest.approx(plain.metrics, rel=TOLERANCE, abs=1e-6)
     assert got.outputs.keys() == plain.outputs.keys()

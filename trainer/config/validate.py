@@ -197,6 +197,13 @@ def _run(cfg: Config) -> Iterator[str]:
             "trainer.resume_from_path=null: trainer.resume_mode=resume_path needs a checkpoint; "
             "set trainer.resume_from_path, or trainer.resume_mode=auto"
         )
+    contents = cfg.actor_rollout_ref.actor.checkpoint.save_contents
+    missing = [name for name in ("model", "optimizer", "extra") if name not in contents]
+    if missing:
+        yield (
+            f"{ACTOR}.checkpoint.save_contents={show(contents)}: without {' and '.join(missing)} a run could not resume; "
+            "list model, optimizer and extra (and hf_model for a Hugging Face copy)"
+        )
     if trainer.test_freq > 0 and cfg.data.val_files is None:
         yield (
             f"trainer.test_freq={trainer.test_freq}: there is nothing to validate on, data.val_files=null; "

@@ -68,13 +68,13 @@ def _tiles(run: History, summary: Mapping[str, Any]) -> str:
     """The headline numbers, from the metrics where summary.json is not there yet."""
     tiles = []
     if run.of("val/accuracy"):
-        before, after = run.first("val/accuracy"), run.last("val/accuracy")
+        before, after = run.before("val/accuracy"), run.last("val/accuracy")
         tiles.append(_change("Held-out accuracy", before, after, "before and after training", "wide hero"))
     elif run.of("reward/mean"):
         before, after = run.first("reward/mean"), run.last("reward/mean")
         tiles.append(_change("Training reward", before, after, "first and last step", "wide hero"))
     if run.of("val/greedy_accuracy"):
-        before, after = run.first("val/greedy_accuracy"), run.last("val/greedy_accuracy")
+        before, after = run.before("val/greedy_accuracy"), run.last("val/greedy_accuracy")
         tiles.append(_change("Greedy", before, after, "the likeliest token each time", "wide"))
     tiles.append(
         _tile("Steps", f"{run.last_step:,}", f"in {duration(summary['seconds_total'])}" if summary else "not finished")

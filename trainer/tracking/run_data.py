@@ -33,6 +33,11 @@ class History:
         """First value of a metric, None if there is none."""
         return self.values(name)[0] if self.of(name) else None
 
+    def before(self, name: str) -> float | None:
+        """Value from before the first training step, None if it was not measured."""
+        points = self.of(name)
+        return points[0][1] if points and points[0][0] == 0 else None
+
     def last(self, name: str) -> float | None:
         """Last value of a metric, None if there is none."""
         return self.values(name)[-1] if self.of(name) else None

@@ -40,9 +40,9 @@ def write_summary(
     """
     run = read_history(run_dir)
     summary = {
-        "accuracy_before": run.first("val/accuracy"),
+        "accuracy_before": run.before("val/accuracy"),
         "accuracy_after": run.last("val/accuracy"),
-        "greedy_before": run.first("val/greedy_accuracy"),
+        "greedy_before": run.before("val/greedy_accuracy"),
         "greedy_after": run.last("val/greedy_accuracy"),
         "steps": run.last_step,
         "seconds_total": json_number(seconds_total),

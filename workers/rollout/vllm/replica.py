@@ -6,6 +6,7 @@ the fastest and leanest way, and one import less. Tokens go in, tokens come out;
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import time
@@ -111,6 +112,7 @@ def _environment(spec: RolloutSpec) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings speak of what is done here on purpose
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # no Triton on CPU is no news
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if spec.device == "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, spec.devices))
