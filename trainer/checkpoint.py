@@ -48,7 +48,7 @@ def write(
 ) -> Path:
     """Writes checkpoint `step` below `root`; each writer fills one subdirectory. Removes all but the newest `keep`.
 
-    Raises CheckpointError (nothing half-written stays, older checkpoints are kept) when the disk is full or a writer fails.
+    Raises CheckpointError when the disk is full or a writer fails; nothing half-written stays, older ones are kept.
     """
     final = root / f"step_{step:06d}"
     partial = root / f".partial_step_{step:06d}"
@@ -159,5 +159,5 @@ def _explain(root: Path, step: int, error: Exception) -> str:
     free = shutil.disk_usage(root if root.exists() else Path("/")).free
     return (
         f"checkpoint of step {step} could not be written below {root} ({free / 1e9:.1f} GB free): {error}; {last}. "
-        "Free space, or set trainer.default_local_dir elsewhere or trainer.max_actor_ckpt_to_keep, and start again to resume"
+        "Free space, or set trainer.default_local_dir elsewhere or trainer.max_actor_ckpt_to_keep; the same command resumes"
     )

@@ -201,8 +201,8 @@ def _run(cfg: Config) -> Iterator[str]:
     missing = [name for name in ("model", "optimizer", "extra") if name not in contents]
     if missing:
         yield (
-            f"{ACTOR}.checkpoint.save_contents={show(contents)}: without {' and '.join(missing)} a run could not resume; "
-            "list model, optimizer and extra (and hf_model for a Hugging Face copy)"
+            f"{ACTOR}.checkpoint.save_contents={show(contents)}: a run could not resume without "
+            f"{' and '.join(missing)}; list model, optimizer and extra (and hf_model for a Hugging Face copy)"
         )
     if trainer.test_freq > 0 and cfg.data.val_files is None:
         yield (

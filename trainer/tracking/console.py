@@ -86,7 +86,7 @@ def summary_panel(summary: Mapping[str, Any]) -> Panel:
     for label, kind in (("Held-out accuracy", "accuracy"), ("  greedy", "greedy")):
         before, after = summary[f"{kind}_before"], summary[f"{kind}_after"]
         if before is not None or after is not None:
-            grid.add_row(label, Text.assemble(score(before), (" -> ", "dim"), (score(after), "bold green")))
+            grid.add_row(label, _from_to(before, after))
     steps, seconds = summary["steps"], summary["seconds_total"]
     grid.add_row("Steps", Text(f"{steps} in {duration(seconds)}"))
     if summary["tokens_per_second"] is not None:
@@ -94,6 +94,11 @@ def summary_panel(summary: Mapping[str, Any]) -> Panel:
     if summary["peak_memory_bytes"] is not None:
         grid.add_row("Peak memory", Text(size(summary["peak_memory_bytes"])))
     return Panel(grid, title="Result", title_align="left", border_style="dim", padding=(1, 2), expand=False)
+
+
+def _from_to(before: float | None, after: float | None) -> Text:
+    start = (score(before), (" -> ", "dim")) if before is not None else ()
+    return Text.assemble(*start, (score(after), "bold green"))
 
 
 class ConsoleSink:

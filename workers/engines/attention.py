@@ -3,7 +3,7 @@
 The rows of a packed micro-batch attend along `Segments`: causal runs in which a prompt shared by several responses
 appears once per response, although its projections were computed once. On CPU the runs are gathered into a few
 rectangles of similar length for PyTorch's SDPA: causal attention never looks right, so the padding on the right of a
-run cannot be seen and needs no mask. On CUDA in half precision the runs go to PyTorch's variable-length flash attention.
+run cannot be seen and needs no mask. On CUDA in half precision they go to PyTorch's variable-length flash attention.
 
 Registered with transformers under `ATTENTION_NAME`; models get the segments as the keyword `segments`.
 """

@@ -60,7 +60,7 @@ class FSDPEngine:
             micro = self._pack(batch, rows, update.norm)
             outputs, entropies = self._run(micro, temperature, entropy=entropy)
             value, measured = loss(outputs, entropies, micro)
-            _backward(value + 0.0 * outputs.sum())  # an empty micro-batch still takes part in the collectives
+            _backward(_spread(value) + 0.0 * outputs.sum())  # an empty micro-batch still takes part in the collectives
             metrics.append(measured if len(rows) else {})
         lr = learning_rate(self._spec.optimizer, self._num_updates)
         grad_norm = self._clip(self._spec.optimizer.clip_grad)
@@ -184,6 +184,11 @@ def _reduce(name: str, values: Tensor) -> Tensor:
     if name.endswith("_max"):
         return values.max()
     return values.min() if name.endswith("_min") else values.sum()
+
+
+def _spread(loss: Tensor) -> Tensor:
+    """The loss; one that is not finite gets a gradient that is not either, and every rank sees it in the norm."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
 def _backward(loss: Tensor) -> None:

@@ -64,7 +64,8 @@ class ValueModel(nn.Module):
         hidden = self.model(
             input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, segments=layout
         ).last_hidden_state.squeeze(0)
-        return self.value_head(gather_rows(hidden, predictor)).squeeze(-1).float(), None
+        values = self.value_head(gather_rows(hidden, predictor)).squeeze(-1)
+        return values.to(torch.float32, copy=True), None  # FSDP warns of views
 
 
 def load_model(spec: EngineSpec) -> LogprobModel | ValueModel:

@@ -1,0 +1,43 @@
+"""Measure Tandem:  python scripts/benchmark.py quickstart [--check] [--steps 40] [--repeat 3] [--ranks 1] [--set k=v]
+
+    python scripts/benchmark.py quickstart --check               # seconds per step, where they go, start-up; 1-2 minutes
+    python scripts/benchmark.py quickstart-seeds --svg docs/learning-curve.svg --check   # the full recipe, three seeds
+
+Run it from the installed environment, on a machine with nothing else to do. Each subcommand starts the program as a
+user would, in a fresh run directory, reads what the run wrote, and writes JSON (--out); --check ends with status 1 where
+a floor (scripts/benchmarks/floors.py) is missed. docs/benchmarks.md shows the results.
+
+A new subcommand is a module in scripts/benchmarks/ with a `COMMAND`, and a line in COMMANDS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from benchmarks import quickstart, seeds
+from benchmarks.launch import RunFailed
+from rich.console import Console
+
+COMMANDS = (quickstart.COMMAND, seeds.COMMAND)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status: 0 done, 1 a run failed or, with --check, a floor was missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    subparsers = parser.add_subparsers(required=True, metavar="|".join(command.name for command in COMMANDS))
+    for command in COMMANDS:
+        subparser = subparsers.add_parser(command.name, help=command.help, description=command.help)
+        command.add_options(subparser)
+        subparser.set_defaults(run=command.run)
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options, Console(highlight=False)))
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

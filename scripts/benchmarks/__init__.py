@@ -1,0 +1,1 @@
+"""Parts of scripts/benchmark.py: floors, statistics of a run directory, starting runs, and the subcommands."""
