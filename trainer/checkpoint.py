@@ -159,5 +159,6 @@ def _explain(root: Path, step: int, error: Exception) -> str:
     free = shutil.disk_usage(root if root.exists() else Path("/")).free
     return (
         f"checkpoint of step {step} could not be written below {root} ({free / 1e9:.1f} GB free): {error}; {last}. "
-        "Free space, or set trainer.default_local_dir elsewhere or trainer.max_actor_ckpt_to_keep; the same command resumes"
+        "Free space, or set trainer.default_local_dir elsewhere or trainer.max_actor_ckpt_to_keep, and run the same "
+        "command to resume"
     )

@@ -136,15 +136,16 @@ class Session:
         count = min(count, len(samples))
         spread = [len(samples) * i // count for i in range(count)]
         advantages = samples.sequence_means("advantages") if "advantages" in samples.columns else None
+        decode = self.inputs.tokenizer.decode
         rows = []
         for row in spread:
-            prompt, response = (str(self.inputs.tokenizer.decode(ids)) for ids in samples.fetch_tokens(row))
+            prompt, response = samples.fetch_tokens(row)
             truth = samples.prompts[int(samples.meta.group[row])].ground_truth
             rows.append(
                 CompletionRow(
                     phase=phase,
-                    prompt=prompt,
-                    response=response,
+                    prompt=str(decode(prompt)),
+                    response=str(decode(response, skip_special_tokens=True)),  # what the reward function gets
                     reward=float(samples.rewards[row]),
                     advantage=None if advantages is None else float(advantages[row]),
                     finish_reason=samples.finish_reason(row),

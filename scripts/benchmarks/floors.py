@@ -33,8 +33,8 @@ QUICKSTART = (
     Floor("seconds_to_first_step", at_most=40.0),
 )
 
-# The quick start's promise, for every seed: the task is made so that the first numbers are at most 40 and 60 %, and every
-# implementation measured on it (verl, TRL, a single-process loop) reaches 90 and 99 % in 40 steps; we allow 60 steps.
+# The quick start's promise, for every seed: the task is made so that the first numbers are at most 40 and 60 %, and
+# every program measured on it (verl, TRL, a single-process loop) reaches 90 and 99 % in 40 steps; we allow 60 steps.
 QUICKSTART_SEEDS = (
     Floor("accuracy_before", at_most=0.40),
     Floor("accuracy_after", at_least=0.90),

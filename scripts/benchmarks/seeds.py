@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.tracking.report import learning_curve_svg
+from trainer.tracking.run_data import History
 
 from . import floors, launch
 
@@ -25,7 +26,7 @@ COLUMNS = (
     "seconds_total",
 )
 """Entries of summary.json that are kept of each run."""
-TITLE = "Two-digit addition, GRPO, {} on two CPU cores"
+KINDS = ("accuracy", "greedy")
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -56,18 +57,18 @@ def run(options: Namespace, console: Console) -> int:
     }
     launch.write(options.out, result)
     if options.svg is not None:
-        draw(options.svg, runs)
+        draw(options.svg, [one.history for one in runs], num_cores=result["machine"]["cores"])
     console.print(table(rows))
     for line in lacking:
         console.print(f"[red]missed:[/red] {line}")
     return 1 if lacking and options.check else 0
 
 
-def draw(path: Path, runs: Sequence[launch.Finished]) -> None:
+def draw(path: Path, runs: Sequence[History], *, num_cores: int) -> None:
     """The learning curves of the runs, with their mean, as one SVG."""
     seeds = "one seed" if len(runs) == 1 else f"{len(runs)} seeds"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(learning_curve_svg([one.history for one in runs], title=TITLE.format(seeds)))
+    path.write_text(learning_curve_svg(runs, title=f"Two-digit addition by GRPO on {num_cores} CPU cores, {seeds}"))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -81,11 +82,8 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     return shown
 
 
-KINDS = ("accuracy", "greedy")
-
-
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-COMMAND = launch.Command("quickstart-seeds", "accuracy before and after for several seeds, and the curve", add_options, run)
+COMMAND = launch.Command("quickstart-seeds", "accuracy for several seeds, and the learning curve", add_options, run)

@@ -32,6 +32,7 @@ def main_run(runs: Path) -> Outcome:
         "trainer.test_freq=5",
         "trainer.save_freq=10",
         "trainer.log_completions_freq=5",
+        "trainer.log_val_generations=8",
         "trainer.logger=[console,tensorboard,wandb]",
         "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]",
     )

@@ -19,8 +19,8 @@ class TensorBoardSink:
 
     def __init__(self, run_dir: Path, *, resume_step: int | None = None) -> None:
         try:
-            from tensorboard.compat.proto import event_pb2, summary_pb2  # type: ignore[import-untyped]
-            from tensorboard.summary.writer.event_file_writer import (  # type: ignore[import-untyped]
+            from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.summary.writer.event_file_writer import (
                 EventFileWriter,
             )
         except ImportError as error:

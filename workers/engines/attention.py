@@ -134,7 +134,7 @@ class _GatherRows(torch.autograd.Function):
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     """x[index] along dim 0, differentiable; rows may repeat."""
-    out: Tensor = _GatherRows.apply(x, index)
+    out: Tensor = _GatherRows.apply(x, index)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -22,7 +22,7 @@ from workers.batch import Batch, MicroBatch
 from workers.engines.attention import prepare
 from workers.engines.base import EngineSpec, Loss, MicroBatches, StepResult, Update
 from workers.engines.models import decoder_layers, load_model
-from workers.engines.optimizer import learning_rate, make_optimizer
+from workers.engines.optimizer import begin_state, learning_rate, make_optimizer
 from workers.normalizers import Normalizers
 
 _NO_NORM = Normalizers(1.0, 1.0)
@@ -60,7 +60,7 @@ class FSDPEngine:
             micro = self._pack(batch, rows, update.norm)
             outputs, entropies = self._run(micro, temperature, entropy=entropy)
             value, measured = loss(outputs, entropies, micro)
-            _backward(_spread(value) + 0.0 * outputs.sum())  # an empty micro-batch still takes part in the collectives
+            (_spread(value) + 0.0 * outputs.sum()).backward()  # empty micro-batches take part in the collectives
             metrics.append(measured if len(rows) else {})
         lr = learning_rate(self._spec.optimizer, self._num_updates)
         grad_norm = self._clip(self._spec.optimizer.clip_grad)
@@ -118,6 +118,8 @@ class FSDPEngine:
         dist.barrier(self._group)
 
     def _state(self) -> dict[str, Any]:
+        if self._optimizer:
+            begin_state(self._optimizer)
         optimizers = [self._optimizer] if self._optimizer else []
         model, optimizer = get_state_dict(self._module, optimizers, options=_STATE_OPTIONS)
         state: dict[str, Any] = {"model": model, "num_updates": torch.tensor(self._num_updates)}
@@ -189,10 +191,6 @@ def _reduce(name: str, values: Tensor) -> Tensor:
 def _spread(loss: Tensor) -> Tensor:
     """The loss; one that is not finite gets a gradient that is not either, and every rank sees it in the norm."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
-
-
-def _backward(loss: Tensor) -> None:
-    loss.backward()  # type: ignore[no-untyped-call]
 
 
 def _hf_name(name: str) -> str:

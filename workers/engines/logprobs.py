@@ -65,7 +65,7 @@ def token_logprobs(
     Returns float32 ([R], [R] or None), both differentiable in hidden and weight.
     """
     rows = chunk if chunk is not None else max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-    logprobs, entropies = _TokenLogprobs.apply(hidden, weight, targets, temperature, entropy, rows)
+    logprobs, entropies = _TokenLogprobs.apply(hidden, weight, targets, temperature, entropy, rows)  # type: ignore[no-untyped-call]
     return logprobs, (entropies if entropy else None)
 
 

@@ -20,6 +20,20 @@ def make_optimizer(module: nn.Module, spec: OptimizerSpec) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
 
 
+def begin_state(optimizer: torch.optim.AdamW) -> None:
+    """Gives parameters that were never stepped the state a first step starts from.
+
+    torch's own way of making state to save or to load into is a step with a learning rate of 0, which counts as one.
+    """
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        if parameter not in optimizer.state:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
 def learning_rate(spec: OptimizerSpec, step: int) -> float:
     """Learning rate of optimizer step `step`, counted from 0: linear warm-up, then constant or cosine."""
     if step < spec.warmup_steps:
