@@ -53,7 +53,8 @@ def write(
     final = root / f"step_{step:06d}"
     partial = root / f".partial_step_{step:06d}"
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        for unfinished in root.glob(".partial_step_*"):  # what a kill left, of whichever step
+            shutil.rmtree(unfinished, ignore_errors=True)
         partial.mkdir(parents=True)
         for name, fill in writers.items():
             (partial / name).mkdir()
@@ -61,7 +62,7 @@ def write(
         _write_manifest(partial, step, state, fingerprint)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(partial, final)
-        _sync_directory(root)
+        _sync(root)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(_explain(root, step, error)) from error
@@ -76,15 +77,14 @@ def complete(root: Path) -> list[Checkpoint]:
 
 
 def read(path: Path) -> Checkpoint | None:
-    """The checkpoint in a directory, or None if its manifest or a file of it is missing or has another size."""
+    """The checkpoint in a directory, or None if its manifest or a file of it is missing, damaged or of another size."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        intact = all((path / name).stat().st_size == size for name, size in manifest["files"].items())
-    except (OSError, ValueError, KeyError):
+        known = manifest["format"] == FORMAT
+        intact = known and all((path / name).stat().st_size == size for name, size in manifest["files"].items())
+        return Checkpoint(path, manifest["step"], manifest["state"], manifest["fingerprint"]) if intact else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    if not intact or manifest["format"] != FORMAT:
-        return None
-    return Checkpoint(path, manifest["step"], manifest["state"], manifest["fingerprint"])
 
 
 def choose(
@@ -127,24 +127,18 @@ def _check_fingerprint(checkpoint: Checkpoint, fingerprint: dict[str, Any]) -> N
 def _write_manifest(directory: Path, step: int, state: dict[str, Any], fingerprint: dict[str, Any]) -> None:
     files = {str(p.relative_to(directory)): p.stat().st_size for p in sorted(directory.rglob("*")) if p.is_file()}
     manifest = {"format": FORMAT, "step": step, "state": state, "fingerprint": fingerprint, "files": files}
-    for name in files:
-        _sync_file(directory / name)
-    with (directory / MANIFEST).open("w") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in (*directory.rglob("*"), directory):
+        _sync(path)
 
 
-def _sync_file(path: Path) -> None:
+def _sync(path: Path) -> None:
+    """Waits until a file, or a directory's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sync_directory(path: Path) -> None:
-    _sync_file(path)
 
 
 def _prune(root: Path, keep: int | None) -> None:

@@ -101,15 +101,23 @@ def _check_capacity(resource: str, per_node: int, nnodes: int) -> None:
     enough = [c for c in counts if c >= per_node]
     if len(enough) >= nnodes:
         return
-    hint = f"set trainer.n_gpus_per_node={max(counts, default=0)}" if counts else "start Ray nodes first"
-    if not any(counts) and resource == "GPU":
-        hint = "set trainer.device=cpu, or start Ray where its nodes have GPUs"
-    elif len(counts) < nnodes:
-        hint = f"set trainer.nnodes={len(counts)} or start more Ray nodes"
     raise ValueError(
         f"trainer.nnodes={nnodes} x trainer.n_gpus_per_node={per_node}: Ray has {len(counts)} node(s) with "
-        f"{counts} {resource}s; {hint}"
+        f"{counts} {resource}s; {_remedy(resource, counts, nnodes)}"
     )
+
+
+def _remedy(resource: str, counts: Sequence[int], nnodes: int) -> str:
+    """What to set so that it fits. counts: devices of each node, descending."""
+    if not counts:
+        return "start Ray nodes first"
+    if not any(counts) and resource == "GPU":
+        return "set trainer.device=cpu, or start Ray where its nodes have GPUs"
+    if len(counts) < nnodes:
+        return f"set trainer.nnodes={len(counts)} or start more Ray nodes"
+    if counts[nnodes - 1]:
+        return f"set trainer.n_gpus_per_node={counts[nnodes - 1]}"
+    return f"set trainer.nnodes={sum(count > 0 for count in counts)}"
 
 
 def _wait_for(groups: Sequence[PlacementGroup], timeout_s: float, resource: str) -> None:

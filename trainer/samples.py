@@ -105,10 +105,11 @@ class Samples:
         return np.concatenate(pieces)
 
     def sequence_means(self, name: str) -> FloatArray:
-        """A column averaged over each sequence's tokens, [S]."""
-        flat = self.fetch_column(name)
-        starts = np.concatenate([[0], np.cumsum(self.meta.response_length)[:-1]]).astype(np.intp)
-        means: FloatArray = np.add.reduceat(flat, starts) / np.maximum(self.meta.response_length, 1)
+        """A column averaged over each sequence's tokens, [S]; 0 for an empty response."""
+        lengths = self.meta.response_length
+        sequence = np.repeat(np.arange(len(self)), lengths)
+        sums = np.bincount(sequence, weights=self.fetch_column(name), minlength=len(self))
+        means: FloatArray = (sums / np.maximum(lengths, 1)).astype(np.float32)
         return means
 
     def fetch_loss_mask(self) -> npt.NDArray[np.bool_] | None:

@@ -6,7 +6,7 @@ import shlex
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +44,17 @@ class Session:
     stop: threading.Event
     fingerprint: dict[str, Any]
     first_step_at: float | None = None
-    saving: Metrics = field(default_factory=dict)
 
     def train(self) -> None:
         """All steps that are left. Raises Interrupted after a requested stop."""
         driver = self.driver
         if driver.state.step == 0 and self.cfg.trainer.val_before_train:
+            self.phases.step(0)
             metrics, samples = driver.validate()
             self.tracker.log(0, metrics | self.phases.metrics())
             if samples is not None:
                 self.tracker.completions(0, self._val_rows(samples))
+        self.phases.step(driver.state.step + 1)
         while not driver.finished:
             self._one_step()
             if self.stop.is_set() and not driver.finished:
@@ -63,44 +64,37 @@ class Session:
 
     def _one_step(self) -> None:
         driver = self.driver
-        self.phases.step(driver.state.step + 1)
         self.first_step_at = self.first_step_at or time.time()
         samples, metrics = driver.step()
         validated: Samples | None = None
         if driver.is_validation_due():
             measured, validated = driver.validate()
             metrics |= measured
-        metrics |= self._throughput(samples) | self._position() | self.saving
-        self._record(self.phases.metrics() | metrics, samples)
-        self.saving = {}
+        metrics |= self._throughput(samples) | self._position()
+        self._record(metrics | self.phases.metrics(), samples)
         if validated is not None:
             self.tracker.completions(driver.state.step, self._val_rows(validated))
+        self.phases.step(driver.state.step + 1)
         if driver.is_checkpoint_due():
             self.save()  # after the line is written: a kill in between repeats the step, and never loses it
 
     def save(self) -> Path:
-        """Writes a checkpoint of now. Its seconds are logged with the next step."""
-        begun = time.monotonic()
-        with self.phases("checkpoint"):
-            path = self._write_checkpoint()
-        self.saving = {"time/checkpoint": time.monotonic() - begun}
-        return path
-
-    def _write_checkpoint(self) -> Path:
+        """Writes a checkpoint of now."""
         driver, cfg = self.driver, self.cfg
         writers = {"actor": driver.actor.save}
         if cfg.use_critic:
             writers["critic"] = driver.critic.save
         if "hf_model" in cfg.actor_rollout_ref.actor.checkpoint.save_contents:
             writers["hf_model"] = self._save_hf
-        return checkpoint.write(
-            self.run_dir / "checkpoints",
-            driver.state.step,
-            state=driver.state.state_dict(),
-            fingerprint=self.fingerprint,
-            writers=writers,
-            keep=cfg.trainer.max_actor_ckpt_to_keep,
-        )
+        with self.phases("checkpoint"):
+            return checkpoint.write(
+                self.run_dir / "checkpoints",
+                driver.state.step,
+                state=driver.state.state_dict(),
+                fingerprint=self.fingerprint,
+                writers=writers,
+                keep=cfg.trainer.max_actor_ckpt_to_keep,
+            )
 
     def _save_hf(self, directory: Path) -> None:
         assert isinstance(self.driver.actor, TrainRole)
@@ -156,7 +150,7 @@ class Session:
 
     def _throughput(self, samples: Samples) -> Metrics:
         times = self.phases.metrics()
-        work = times["time/step"] - times.get("time/validate", 0.0)
+        work = times["time/step"] - times.get("time/validate", 0.0) - times.get("time/checkpoint", 0.0)
         meta = samples.meta
         tokens = float((meta.prompt_length + meta.response_length).sum())
         return {

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 T = TypeVar("T")
+
+GRACE_S = 2.0
+"""After a failure, how long to wait for the death of another worker that may have caused it, seconds."""
 
 
 class WorkerError(RuntimeError):
@@ -30,39 +33,53 @@ class Call(Generic[T]):
     refs: tuple[Any, ...]
 
     def result(self, timeout_s: float) -> list[T]:
-        """All ranks' results in rank order. Raises WorkerError; `timeout_s` is one deadline for all."""
-        deadline = time.monotonic() + timeout_s
-        results: list[T] = []
-        for rank, ref in enumerate(self.refs):
-            try:
-                results.append(ray.get(ref, timeout=max(0.0, deadline - time.monotonic())))
-            except Exception as error:
-                raise self._explain(rank, error, timeout_s) from error
-        return results
+        """All ranks' results in rank order; `timeout_s` is one deadline for all.
 
-    def _explain(self, rank: int, error: Exception, timeout_s: float) -> WorkerError:
-        failed = self._first_failure(rank, error)
-        where = f"{self.group} rank {failed[0]}, {self.method}"
-        cause = failed[1]
-        if isinstance(cause, GetTimeoutError):
-            return WorkerError(f"{where}: no answer within {timeout_s:.0f} s (worker alive, still busy or waiting)")
+        Raises WorkerError as soon as any rank fails, also while others wait for it in a collective.
+        """
+        deadline = time.monotonic() + timeout_s
+        rank_of = {ref: rank for rank, ref in enumerate(self.refs)}
+        results: dict[int, T] = {}
+        waiting = list(self.refs)
+        while waiting:
+            ready, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise self._late([rank_of[ref] for ref in waiting], timeout_s)
+            for ref in ready:
+                try:
+                    results[rank_of[ref]] = ray.get(ref)
+                except Exception as error:
+                    raise self._explain(*self._cause(rank_of[ref], error)) from error
+        return [results[rank] for rank in range(len(self.refs))]
+
+    def _late(self, ranks: Sequence[int], timeout_s: float) -> WorkerError:
+        names = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+        return WorkerError(
+            f"{self.group} {names}, {self.method}: no answer within {timeout_s:.0f} s "
+            "(worker alive, still busy or waiting)"
+        )
+
+    def _explain(self, rank: int, cause: Exception) -> WorkerError:
+        where = f"{self.group} rank {rank}, {self.method}"
         if isinstance(cause, RayActorError):
             return WorkerError(f"{where}: the worker process died: {cause}")
         if isinstance(cause, RayTaskError):
             return WorkerError(f"{where}: {cause}")
         return WorkerError(f"{where}: {type(cause).__name__}: {cause}")
 
-    def _first_failure(self, rank: int, error: Exception) -> tuple[int, Exception]:
-        """A rank that waits in a collective times out because another one failed: report that one."""
-        if not isinstance(error, GetTimeoutError):
+    def _cause(self, rank: int, error: Exception) -> tuple[int, Exception]:
+        """When a rank dies, the others fail in their collective and may be heard first: the dead one is to blame."""
+        if isinstance(error, RayActorError):
             return rank, error
-        ready, _ = ray.wait(list(self.refs), num_returns=len(self.refs), timeout=0)
+        ready, _ = ray.wait(list(self.refs), num_returns=len(self.refs), timeout=GRACE_S)
         for other, ref in enumerate(self.refs):
             if ref in ready:
                 try:
                     ray.get(ref)
-                except Exception as cause:
-                    return other, cause
+                except RayActorError as death:
+                    return other, death
+                except Exception:
+                    continue  # it failed too, as the first one did
         return rank, error
 
 

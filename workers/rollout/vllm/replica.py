@@ -130,6 +130,7 @@ def _engine_arguments(spec: RolloutSpec, rank: int) -> dict[str, Any]:
         "trust_remote_code": spec.trust_remote_code,
         "hf_overrides": dict(spec.override_config),
         "tensor_parallel_size": spec.tensor_parallel_size,
+        "distributed_executor_backend": "mp" if spec.tensor_parallel_size > 1 else "uni",
         "dtype": spec.dtype,
         "max_model_len": spec.max_model_len,
         "max_num_seqs": spec.max_num_seqs,
