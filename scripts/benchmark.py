@@ -1,7 +1,7 @@
 """Measure Tandem:  python scripts/benchmark.py quickstart [--check] [--steps 40] [--repeat 3] [--ranks 1] [--set k=v]
 
     python scripts/benchmark.py quickstart --check          # seconds per step, where they go, start-up: 1-2 minutes
-    python scripts/benchmark.py quickstart-seeds --svg docs/learning-curve.svg --check    # the recipe, three seeds
+    python scripts/benchmark.py quickstart-seeds --svg docs/images/learning_curve.svg    # three seeds
 
 Run it from the installed environment, on a machine with nothing else to do. Each subcommand starts the program as a
 user would, in a fresh run directory, reads what the run wrote, and writes JSON (--out); --check ends with status 1

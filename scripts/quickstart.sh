@@ -9,10 +9,11 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export TANDEM_VENV=${TANDEM_VENV:-$root/.venv}
+TANDEM_VENV=$(realpath -m "$TANDEM_VENV")
 cd "$root"
 bash scripts/install.sh
-venv=${TANDEM_VENV:-$root/.venv}
-python="$venv/bin/python"
+python="$TANDEM_VENV/bin/python"
 
 "$python" scripts/make_addition_task.py
 

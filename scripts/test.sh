@@ -6,12 +6,14 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export TANDEM_VENV=${TANDEM_VENV:-$root/.venv}
+TANDEM_VENV=$(realpath -m "$TANDEM_VENV")
 cd "$root"
 bash scripts/install.sh dev
-bin=${TANDEM_VENV:-$root/.venv}/bin
+python=$TANDEM_VENV/bin/python
 
-"$bin/ruff" check .
-"$bin/ruff" format --check .
-"$bin/mypy"
-"$bin/python" scripts/make_addition_task.py
-"$bin/python" -m pytest "$@"
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+"$python" -m mypy
+"$python" scripts/make_addition_task.py
+"$python" -m pytest "$@"

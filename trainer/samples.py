@@ -87,7 +87,7 @@ class Samples:
     def rank_batch(self, rows: npt.NDArray[np.int64], num_ranks: int) -> RankBatch:
         """What a training rank needs to build its share, the given rows."""
         lengths = self.meta.response_length.astype(np.int64)
-        return RankBatch(f"{self.key}/{num_ranks}/{len(rows)}", self.blocks, self.where[rows], rows, lengths)
+        return RankBatch(f"{self.key}/{num_ranks}/{hash(rows.tobytes())}", self.blocks, self.where[rows], rows, lengths)
 
     def put_column(self, name: str, values: FloatArray) -> None:
         """Adds a per-token field computed here, [total response tokens] in batch order."""

@@ -1,4 +1,4 @@
-"""The gradient of a mini-batch does not depend on ranks, micro-batches, prompt sharing, order, wrapping or recomputation.
+"""A mini-batch has one gradient, for any ranks, micro-batches, prompt sharing, order, wrapping and recomputation.
 
 Float32, 1e-6 relative. The gradient is read off the weights after a step of `engine_harness.OBSERVED`.
 """
@@ -74,7 +74,11 @@ WAYS = [
         [[[10, 0, 8], [], [2, 5]], [[11, 1, 9], [3, 4], [6, 7]]],
         {"wrap_min_num_params": WRAP, "gradient_checkpointing": True, "share_prompt": False},
     ),
-    Way("two ranks, not resharded", [[ALL[:5]], [ALL[5:]]], {"wrap_min_num_params": WRAP, "reshard_after_forward": False}),
+    Way(
+        "two ranks, not resharded",
+        [[ALL[:5]], [ALL[5:]]],
+        {"wrap_min_num_params": WRAP, "reshard_after_forward": False},
+    ),
 ]
 
 

@@ -45,7 +45,9 @@ def runs_of(micro: MicroBatch) -> list[list[int]]:
 @st.composite
 def tables(draw: st.DrawFn) -> Table:
     """Groups of responses to prompts of any length, in any order; no two tokens alike."""
-    sizes = draw(st.lists(st.tuples(st.integers(1, 5), st.lists(st.integers(0, 4), min_size=1, max_size=4)), max_size=5))
+    sizes = draw(
+        st.lists(st.tuples(st.integers(1, 5), st.lists(st.integers(0, 4), min_size=1, max_size=4)), max_size=5)
+    )
     counter = iter(range(1, 10_000))
     table: Table = []
     for group, (prompt_length, responses) in enumerate(sizes):

@@ -61,9 +61,7 @@ def test_values_and_gradients_equal_the_formula(
         expected_loss = expected_loss + (expected_entropies * upstream[1]).sum()
     else:
         assert entropies is None
-    for got, wanted in zip(
-        torch.autograd.grad(loss, ours), torch.autograd.grad(expected_loss, theirs), strict=True
-    ):
+    for got, wanted in zip(torch.autograd.grad(loss, ours), torch.autograd.grad(expected_loss, theirs), strict=True):
         assert relative(got, wanted) < 1e-6
 
 
@@ -109,7 +107,7 @@ def test_large_logits_stay_finite() -> None:
 def test_half_precision_weights_give_float32_logprobs(entropy: bool) -> None:
     hidden, weight, targets = inputs(6, seed=2)
     halves = [hidden.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()]
-    logprobs, entropies = token_logprobs(*halves, targets, temperature=1.0, entropy=entropy, chunk=4)
+    logprobs, _ = token_logprobs(*halves, targets, temperature=1.0, entropy=entropy, chunk=4)
     assert logprobs.dtype == torch.float32
     expected, _ = reference(halves[0].double(), halves[1].double(), targets, 1.0)
     torch.testing.assert_close(logprobs.double(), expected, rtol=0.02, atol=0.05)
