@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import random
 import shutil
 import time
@@ -355,17 +356,27 @@ def train_model(
 
 
 def make_task(out: Path, recipe: Recipe) -> dict[str, Any]:
-    """Write tokenizer, model and data below `out`; returns what task.json holds (written last: it is the stamp)."""
+    """Write tokenizer, model and data; returns what task.json holds.
+
+    The task is made beside `out` and moved there when it is complete.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     train, heldout = split_sums(seed=recipe.seed, num_heldout=recipe.num_heldout)
-    if out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
-    write_data(out, train, heldout)
-    model, measured = train_model(recipe, train, heldout)
-    model.save_pretrained(out / "model")
-    build_tokenizer().save_pretrained(out / "model")
-    task = {"stamp": stamp_of(recipe), "recipe": asdict(recipe), "num_train": len(train), **measured}
-    (out / "task.json").write_text(json.dumps(task, indent=2) + "\n")
+    draft = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    draft.mkdir(parents=True)
+    try:
+        write_data(draft, train, heldout)
+        model, measured = train_model(recipe, train, heldout)
+        model.save_pretrained(draft / "model")
+        build_tokenizer().save_pretrained(draft / "model")
+        task = {"stamp": stamp_of(recipe), "recipe": asdict(recipe), "num_train": len(train), **measured}
+        (draft / "task.json").write_text(json.dumps(task, indent=2) + "\n")
+        shutil.rmtree(out, ignore_errors=True)
+        draft.rename(out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
     return task
 
 

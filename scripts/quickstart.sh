@@ -39,6 +39,6 @@ fi
 touch "$run_dir/finished"
 
 cat <<END
-  Try next  $python -m trainer.main --config-name quickstart algorithm.adv_estimator=gae trainer.experiment_name=quickstart-ppo
+  Try next  cd $(printf %q "$root") && $(printf %q "$python") -m trainer.main --config-name quickstart algorithm.adv_estimator=gae trainer.experiment_name=quickstart-ppo
             (the same task by PPO with a critic)
 END

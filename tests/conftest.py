@@ -1,4 +1,4 @@
-"""Shared by all tests: markers, and the quick-start task that end-to-end tests train on."""
+"""Shared by all tests: the quick-start task to train on, and the seed of what tests leave to chance."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ SEED_VARIABLE = "TANDEM_TEST_SEED"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Name the markers, and choose the seed of what tests leave to chance."""
-    config.addinivalue_line("markers", "e2e: runs the real command line with real Ray, vLLM and FSDP2 (minutes in all)")
+    """Choose the seed, unless it is given."""
     os.environ.setdefault(SEED_VARIABLE, str(secrets.randbelow(1 << 31)))
 
 

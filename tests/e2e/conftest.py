@@ -12,6 +12,16 @@ from harness import Outcome, read_jsonl, run
 
 MAIN_STEPS = 25
 NO_VALIDATION = ("data.val_files=null", "trainer.test_freq=-1")
+TIMEOUT_S = 900
+"""Of one test together with the runs it is the first to ask for; each process has its own, shorter limit."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of this directory."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.e2e)
+            item.add_marker(pytest.mark.timeout(TIMEOUT_S))
 
 
 @pytest.fixture(scope="session")

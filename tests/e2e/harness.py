@@ -5,8 +5,9 @@
     assert outcome.status == 0, outcome.told
     steps = outcome.steps()
 
-Every process that a run starts carries a mark in its environment, so that a test can prove that none is left, and end
-those of its own runs only, whoever else uses Ray on the machine.
+Every process that a run starts belongs to its session or carries its mark in the environment (processes that set their
+title lose the one, processes that start a session the other), so that a test can prove that none is left, and end those
+of its own runs only, whoever else uses Ray on the machine.
 """
 
 from __future__ import annotations
@@ -18,17 +19,19 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_TIMEOUT_S = 240.0
-CLEANUP_TIMEOUT_S = 25.0
+CLEANUP_TIMEOUT_S = 20.0
 MARK = "TANDEM_E2E_MARK"
 _NOT_INHERITED = ("RAY_ADDRESS", "PYTHONPATH", "WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL")
+_LINGERING = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Ray 2.60's own helpers: after the driver was killed they wait a minute for a cluster that is no more, then end."""
 _VARYING = ("time/", "perf/", "memory/")
 Record = dict[str, Any]
 T = TypeVar("T")
@@ -41,8 +44,8 @@ class Outcome:
     directory: Path
     arguments: tuple[str, ...]
     status: int
-    stdout: str
-    stderr: str
+    stdout: str = field(repr=False)
+    stderr: str = field(repr=False)
     seconds: float
 
     @property
@@ -50,7 +53,7 @@ class Outcome:
         """All that a person saw, for messages of failed assertions."""
         return (
             f"status {self.status} after {self.seconds:.1f} s: {' '.join(self.arguments)}\n"
-            f"--- stdout\n{self.stdout[-6000:]}\n--- stderr\n{self.stderr[-6000:]}"
+            f"--- stdout\n{self.stdout[-3000:]}\n--- stderr\n{self.stderr[-3000:]}"
         )
 
     def records(self) -> list[Record]:
@@ -76,10 +79,10 @@ class Process:
 
     def __init__(self, directory: Path, arguments: tuple[str, ...], environment: Mapping[str, str]) -> None:
         self.directory = directory
-        self.mark = uuid.uuid4().hex
+        self._mark = uuid.uuid4().hex
         self._arguments = arguments
         directory.parent.mkdir(parents=True, exist_ok=True)
-        self._out = directory.with_name(f"{directory.name}.{self.mark[:6]}.out")
+        self._out = directory.with_name(f"{directory.name}.{self._mark[:6]}.out")
         self._err = self._out.with_suffix(".err")
         inherited = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
         self._started = time.monotonic()
@@ -87,7 +90,7 @@ class Process:
             self._popen = subprocess.Popen(
                 [sys.executable, "-m", "trainer.main", *arguments],
                 cwd=ROOT,
-                env={**inherited, "NETRC": os.devnull, **environment, MARK: self.mark},
+                env={**inherited, "NETRC": os.devnull, **environment, MARK: self._mark},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -106,15 +109,12 @@ class Process:
     def wait_for_step(self, step: int) -> Record:
         """Wait until the line of a training step is written; returns it."""
 
-        def line() -> Record | None:
-            found = [r for r in read_jsonl(self.directory / "metrics.jsonl") if r["step"] >= step]
-            return found[-1] if found else None
-
         def written() -> Record | None:
-            record = line()
-            if record is None and self._popen.poll() is not None:
-                raise AssertionError(f"the run ended before step {step}\n{self._outcome(self._popen.returncode).told}")
-            return record
+            status = self._popen.poll()
+            found = [r for r in read_jsonl(self.directory / "metrics.jsonl") if r["step"] >= step]
+            if not found and status is not None:
+                raise AssertionError(f"the run ended before step {step}\n{self._outcome(status).told}")
+            return found[-1] if found else None
 
         return wait_until(written, RUN_TIMEOUT_S, f"step {step}")
 
@@ -128,8 +128,9 @@ class Process:
         os.killpg(self._popen.pid, signal.SIGINT)
 
     def survivors(self) -> dict[int, str]:
-        """Processes of this run that still live: pid to command line."""
-        return marked_processes(self.mark)
+        """Processes of this run that still live and do not end by themselves: pid to command line."""
+        alive = started_by(self._popen.pid, self._mark)
+        return {pid: command for pid, command in alive.items() if not command.startswith(_LINGERING)}
 
     def close(self) -> None:
         """End everything that this run started; AssertionError if it had not ended by itself."""
@@ -140,7 +141,11 @@ class Process:
         try:
             wait_until(lambda: not self.survivors(), CLEANUP_TIMEOUT_S, "the end of the run's processes")
         finally:
-            end_marked(self.mark)
+            self.end_survivors()
+
+    def end_survivors(self) -> None:
+        """SIGKILL to every process of this run."""
+        end_processes(started_by(self._popen.pid, self._mark))
 
     def _outcome(self, status: int) -> Outcome:
         return Outcome(
@@ -163,7 +168,7 @@ def launch(
     try:
         yield process
     except BaseException:
-        end_marked(process.mark)
+        process.end_survivors()
         raise
     process.close()
 
@@ -187,14 +192,16 @@ def reproducible(record: Record) -> dict[str, float]:
     return {name: value for name, value in record.items() if not name.startswith(_VARYING)}
 
 
-def marked_processes(mark: str) -> dict[int, str]:
-    """Living processes with this mark in their environment: pid to command line."""
+def started_by(session: int, mark: str) -> dict[int, str]:
+    """Living processes of a session or with a mark in their environment: pid to command line."""
     wanted = f"{MARK}={mark}".encode()
     found: dict[int, str] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                state, _, _, its_session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+                marked = wanted in (entry / "environ").read_bytes().split(b"\0")
+                if state != "Z" and (marked or int(its_session) == session):
                     command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                     found[int(entry.name)] = command.strip()
             except OSError:
@@ -202,13 +209,11 @@ def marked_processes(mark: str) -> dict[int, str]:
     return found
 
 
-def end_marked(mark: str) -> None:
-    """SIGKILL to every process with this mark."""
-    for pid in marked_processes(mark):
-        try:
+def end_processes(pids: Iterable[int]) -> None:
+    """SIGKILL to each that still lives."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
 
 
 def wait_until(condition: Callable[[], T | None], timeout_s: float, what: str) -> T:

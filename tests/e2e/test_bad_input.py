@@ -14,8 +14,6 @@ import pytest
 from conftest import write_jsonl
 from harness import Outcome, read_jsonl, run
 
-pytestmark = pytest.mark.e2e
-
 
 def refused(directory: Path, *overrides: str) -> str:
     """Run a command that must be refused before anything is started or written; returns what it said."""

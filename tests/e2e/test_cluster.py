@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -14,9 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import NO_VALIDATION
-from harness import MARK, Outcome, end_marked, marked_processes, run, wait_until
-
-pytestmark = pytest.mark.e2e
+from harness import Outcome, end_processes, run, started_by, wait_until
 
 LOOK = """
 import json, sys, ray
@@ -29,7 +26,6 @@ print(json.dumps({"total": ray.cluster_resources(), "free": ray.available_resour
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """Address of a Ray cluster of our own with two CPUs."""
-    mark = f"cluster-{os.getpid()}"
     with socket.socket() as probe, tempfile.TemporaryDirectory(prefix="tray") as directory:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -38,7 +34,6 @@ def cluster() -> Iterator[str]:
         arguments = [*command.split(), "--node-ip-address=127.0.0.1", f"--port={address.split(':')[1]}"]
         head = subprocess.Popen(
             [str(Path(sys.executable).with_name("ray")), *arguments, "--min-worker-port=0", "--max-worker-port=0"],
-            env={**os.environ, MARK: mark},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -52,8 +47,7 @@ def cluster() -> Iterator[str]:
             try:
                 head.wait(20)
             finally:
-                end_marked(mark)
-                assert marked_processes(mark) == {}
+                end_processes(started_by(head.pid, "no run"))
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,6 @@ import pytest
 from conftest import NO_VALIDATION, write_jsonl
 from harness import Outcome, read_jsonl, run
 
-pytestmark = pytest.mark.e2e
-
 PROMPTS, RESPONSES = 16, 8
 REWARD = '''"""Right or wrong, except for answers that ask for trouble."""
 

@@ -9,8 +9,6 @@ from harness import ROOT, Outcome
 
 from trainer.tracking.catalog import documented_metrics, is_documented
 
-pytestmark = pytest.mark.e2e
-
 PER_DATA_SOURCE = {"val/<data_source>/accuracy", "val/<data_source>/greedy_accuracy"}
 FROM_REWARD_PARTS = {"reward/part/<name>"}
 """Logged by the run of test_rewards.py."""
