@@ -32,6 +32,7 @@ from trainer.config.load import (
     type_tree,
 )
 from trainer.config.overrides import prepare_overrides
+from trainer.config.schema import Config
 from trainer.config.validate import validate
 
 
@@ -56,11 +57,23 @@ def _train(argv: list[str], notices: list[str]) -> int:
         config, translated = type_tree(tree, overrides=overrides)
         notices += translated
         notices += validate(config)
+    _let_ray_find_its_token(config)
     from trainer.run import run  # torch and Ray take seconds to import; a wrong configuration is told at once
 
     shown_by_run = notices.copy()
     notices.clear()
     return run(config, shown_by_run)
+
+
+def _let_ray_find_its_token(config: Config) -> None:
+    """Ray 2.60 starts clusters with the token it once made for this user, but given an address it does not look for it.
+
+    A cluster without tokens does not mind one. Ray reads this when it is imported.
+    """
+    if config.ray_kwargs.ray_init.address or os.environ.get("RAY_ADDRESS"):
+        named = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+        if named or (Path.home() / ".ray" / "auth_token").is_file():
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _compose(argv: list[str], notices: list[str]) -> tuple[DictConfig | None, list[str]]:

@@ -7,6 +7,7 @@ of several roles on one device share it in time; each takes its device by number
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -50,15 +51,33 @@ class Cluster:
 
 
 def connect(cfg: Config) -> None:
-    """Joins the cluster at ray_kwargs.ray_init.address or RAY_ADDRESS, or starts a local one that ends with us."""
+    """Joins the cluster at ray_kwargs.ray_init.address or RAY_ADDRESS, or starts a local one that ends with us.
+
+    Raises ValueError if there is no cluster at that address.
+    """
     settings = cfg.ray_kwargs.ray_init
     address = settings.address or os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"logging_level": "error", "log_to_driver": True}
     if address:
-        ray.init(address=address, **quiet)
+        key = "ray_kwargs.ray_init.address" if settings.address else "RAY_ADDRESS"
+        try:
+            _knock(address)
+            ray.init(address=address, **quiet)
+        except OSError as error:  # ConnectionError, from Ray, is one
+            raise ValueError(
+                f"{key}={address}: cannot join a Ray cluster there: {error.__cause__ or error}; start it, correct the "
+                f"address, or leave {key} out for a local cluster"
+            ) from error
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     ray.init(address="local", num_cpus=settings.num_cpus, include_dashboard=False, **quiet)
+
+
+def _knock(address: str) -> None:
+    """Raises OSError if nothing listens at host:port, which Ray takes minutes to say."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def device_type(cfg: Config) -> DeviceType:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,9 @@ from conftest import write_jsonl
 from harness import Outcome, read_jsonl, run
 
 
-def refused(directory: Path, *overrides: str) -> str:
+def refused(directory: Path, *overrides: str, environment: Mapping[str, str] | None = None) -> str:
     """Run a command that must be refused before anything is started or written; returns what it said."""
-    outcome: Outcome = run(directory, *overrides, "trainer.total_training_steps=2")
+    outcome: Outcome = run(directory, *overrides, "trainer.total_training_steps=2", environment=environment)
     assert outcome.status == 2, outcome.told
     assert "Traceback" not in outcome.stderr + outcome.stdout, outcome.told
     assert "Roles" not in outcome.stdout, "the plan is shown only for a run that can start"
@@ -42,6 +43,16 @@ def test_more_cpus_than_ray_has(tmp_path: Path, task: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_no_cluster_at_the_address(tmp_path: Path, task: Path) -> None:
+    """Ray would wait for minutes."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # ours, but nobody listens
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        told = refused(tmp_path / "run", environment={"RAY_ADDRESS": address})
+    assert f"RAY_ADDRESS={address}: cannot join a Ray cluster there" in told
+    assert "leave RAY_ADDRESS out" in told
+
+
 def _no_prompt_column(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     return [{"question": row["prompt"], "answer": row["answer"]} for row in rows]
 
@@ -60,13 +71,8 @@ def _no_prompt_column(rows: list[dict[str, str]]) -> list[dict[str, str]]:
             ("data.max_prompt_length=5", "data.truncation=error"),
             ("data.max_prompt_length=5", "6 tokens", "data.truncation", "data.filter_overlong_prompts"),
         ),
-        (
-            lambda rows: rows[:8],
-            ("data.filter_overlong_prompts=true",),
-            ("data.train_batch_size=64", "8 prompts", "lower the batch size"),
-        ),
     ],
-    ids=["no prompt column", "empty", "overlong", "fewer prompts than a batch"],
+    ids=["no prompt column", "empty", "overlong"],
 )
 def test_data_that_cannot_be_used(
     tmp_path: Path,

@@ -129,15 +129,8 @@ class FSDPEngine:
         return batch.micro_batch(rows, norm, share_prompt=self._spec.share_prompt, device=self._device)
 
     def _run(self, micro: MicroBatch, temperature: float, *, entropy: bool) -> tuple[Tensor, Tensor | None]:
-        outputs, entropies = self._module(
-            micro.input_ids,
-            micro.position_ids,
-            prepare(micro.segments, getattr(torch, self._spec.sharding.dtype)),
-            micro.predictor,
-            micro.targets,
-            temperature,
-            entropy,
-        )
+        layout = prepare(micro.segments, getattr(torch, self._spec.sharding.dtype))
+        outputs, entropies = self._module(micro, layout, temperature, entropy)
         return outputs, entropies
 
     def _clip(self, limit: float) -> float:

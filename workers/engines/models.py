@@ -5,13 +5,12 @@ The head is part of the module's forward: a sharding engine sees one root module
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from workers.batch import MicroBatch
 from workers.engines import attention
 from workers.engines.attention import PackedLayout, gather_rows
 from workers.engines.base import EngineSpec
@@ -26,19 +25,12 @@ class LogprobModel(nn.Module):
         self.model = model
 
     def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        layout: PackedLayout,
-        predictor: Tensor,
-        targets: Tensor,
-        temperature: float,
-        entropy: bool,
+        self, micro: MicroBatch, layout: PackedLayout, temperature: float, entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Packed rows in, float32 log-probs [R] (and entropy [R]) of the targets out."""
-        hidden = _body(self.model, input_ids, position_ids, layout)
+        """Float32 log-probs [R] (and entropy [R]) of the micro-batch's targets."""
+        hidden = _predicting_states(self.model.base_model, micro, layout)
         weight = self.model.get_output_embeddings().weight
-        return token_logprobs(gather_rows(hidden, predictor), weight, targets, temperature=temperature, entropy=entropy)
+        return token_logprobs(hidden, weight, micro.targets, temperature=temperature, entropy=entropy)
 
 
 class ValueModel(nn.Module):
@@ -51,20 +43,10 @@ class ValueModel(nn.Module):
         nn.init.zeros_(self.value_head.weight)
 
     def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        layout: PackedLayout,
-        predictor: Tensor,
-        targets: Tensor,
-        temperature: float,
-        entropy: bool,
+        self, micro: MicroBatch, layout: PackedLayout, temperature: float, entropy: bool
     ) -> tuple[Tensor, None]:
-        """Packed rows in, float32 values [R] out; targets, temperature and entropy play no part."""
-        hidden = self.model(
-            input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, segments=layout
-        ).last_hidden_state.squeeze(0)
-        values = self.value_head(gather_rows(hidden, predictor)).squeeze(-1)
+        """Float32 values [R] of the states the targets were chosen in; temperature and entropy play no part."""
+        values = self.value_head(_predicting_states(self.model, micro, layout)).squeeze(-1)
         return values.to(torch.float32, copy=True), None  # FSDP warns of views
 
 
@@ -94,8 +76,9 @@ def decoder_layers(module: nn.Module) -> list[nn.Module]:
     return max((list(x) for x in lists), key=len, default=[])
 
 
-def _body(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, layout: PackedLayout) -> Tensor:
-    arguments: dict[str, Any] = {"use_cache": False, "segments": layout}
-    output = model.base_model(input_ids=input_ids[None], position_ids=position_ids[None], **arguments)
-    hidden: Tensor = output.last_hidden_state
-    return hidden.squeeze(0)
+def _predicting_states(body: nn.Module, micro: MicroBatch, layout: PackedLayout) -> Tensor:
+    """Hidden states that the response tokens are predicted from, [R, hidden_size]."""
+    output = body(
+        input_ids=micro.input_ids[None], position_ids=micro.position_ids[None], use_cache=False, segments=layout
+    )
+    return gather_rows(output.last_hidden_state.squeeze(0), micro.predictor)
