@@ -414,7 +414,7 @@ CONTRACT = """
 reward/mean reward/std reward/max reward/min reward/frac_zero_std_groups reward/errors reward/error_rate
 reward/part/format response_length/mean response_length/max response_length/min response_length/clip_ratio
 prompt_length/mean prompt_length/max actor/pg_loss actor/ppo_kl actor/ratio_max actor/ratio_min actor/clip_frac
-actor/clip_frac_lower actor/entropy actor/kl_loss actor/kl_coef actor/loss actor/grad_norm actor/lr actor/num_updates
+actor/clip_frac_lower actor/entropy actor/kl_loss actor/loss actor/grad_norm actor/lr actor/num_updates
 actor/skipped_updates critic/value_loss critic/clip_frac critic/value_mean critic/explained_variance critic/grad_norm
 critic/lr advantage/mean advantage/std advantage/max advantage/min kl/reward_kl kl/reward_kl_coef
 mismatch/logprob_abs_diff_mean mismatch/logprob_abs_diff_max mismatch/kl mismatch/num_tokens val/accuracy
