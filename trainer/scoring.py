@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 
 import numpy as np
 
 from trainer.samples import Samples
+
+_log = logging.getLogger(__name__)  # not configured: warnings go to standard error as they are
 
 
 class RewardErrorRate(RuntimeError):
@@ -23,11 +26,14 @@ def drop_failed(samples: Samples, *, max_error_rate: float) -> tuple[Samples, di
     failed = len(samples) - len(kept)
     rate = failed / max(1, len(samples))
     metrics = {"reward/errors": float(failed), "reward/error_rate": rate}
-    if failed and (rate > max_error_rate or not len(kept)):
+    if failed:
         common = Counter(e for e in samples.errors if e).most_common(3)
         told = "; ".join(f"{count} x {message}" for message, count in common)
-        raise RewardErrorRate(
-            f"{failed} of {len(samples)} rewards failed ({rate:.1%}), more than reward.max_error_rate="
-            f"{max_error_rate}: {told}. Mend the reward function, or raise reward.timeout_s or reward.max_error_rate"
-        )
+        if rate > max_error_rate or not len(kept):
+            raise RewardErrorRate(
+                f"{failed} of {len(samples)} rewards failed ({rate:.1%}), more than reward.max_error_rate="
+                f"{max_error_rate}: {told}. Mend the reward function, or raise reward.timeout_s or "
+                "reward.max_error_rate"
+            )
+        _log.warning("warning: %d of %d rewards failed and are left out: %s", failed, len(samples), told)
     return (samples.take(kept) if failed else samples), metrics

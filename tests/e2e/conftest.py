@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
-from harness import Outcome, read_jsonl, run
+from harness import MAIN_STEPS, NO_VALIDATION, Outcome, read_jsonl, run, write_jsonl
 
-MAIN_STEPS = 25
-NO_VALIDATION = ("data.val_files=null", "trainer.test_freq=-1")
 TIMEOUT_S = 900
 """Of one test together with the runs it is the first to ask for; each process has its own, shorter limit."""
 
@@ -41,6 +36,7 @@ def main_run(runs: Path) -> Outcome:
         f"trainer.total_training_steps={MAIN_STEPS}",
         "trainer.test_freq=5",
         "trainer.save_freq=10",
+        "trainer.max_actor_ckpt_to_keep=2",
         "trainer.log_completions_freq=5",
         "trainer.log_val_generations=8",
         "trainer.logger=[console,tensorboard,wandb]",
@@ -100,12 +96,6 @@ def ppo_run(runs: Path, task: Path) -> Outcome:
     )
     assert outcome.status == 0, outcome.told
     return outcome
-
-
-def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    """A data set of these rows."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def _two_sources(path: Path, task: Path) -> Path:

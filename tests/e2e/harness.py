@@ -19,13 +19,16 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parents[2]
+MAIN_STEPS = 25
+"""Steps of the run that others are compared with."""
+NO_VALIDATION = ("data.val_files=null", "trainer.test_freq=-1")
 RUN_TIMEOUT_S = 240.0
 CLEANUP_TIMEOUT_S = 20.0
 MARK = "TANDEM_E2E_MARK"
@@ -80,6 +83,7 @@ class Process:
     def __init__(self, directory: Path, arguments: tuple[str, ...], environment: Mapping[str, str]) -> None:
         self.directory = directory
         self._mark = uuid.uuid4().hex
+        self._killed = False
         self._arguments = arguments
         directory.parent.mkdir(parents=True, exist_ok=True)
         self._out = directory.with_name(f"{directory.name}.{self._mark[:6]}.out")
@@ -120,6 +124,7 @@ class Process:
 
     def kill(self) -> None:
         """SIGKILL to the driver alone: it can tell nobody."""
+        self._killed = True
         self._popen.kill()
         self._popen.wait()
 
@@ -128,17 +133,15 @@ class Process:
         os.killpg(self._popen.pid, signal.SIGINT)
 
     def survivors(self) -> dict[int, str]:
-        """Processes of this run that still live and do not end by themselves: pid to command line."""
+        """Processes of this run that still live: pid to command line; after a kill without those that end later."""
         alive = started_by(self._popen.pid, self._mark)
-        return {pid: command for pid, command in alive.items() if not command.startswith(_LINGERING)}
+        ignored = _LINGERING if self._killed else ()
+        return {pid: command for pid, command in alive.items() if not command.startswith(ignored)}
 
     def close(self) -> None:
-        """End everything that this run started; AssertionError if it had not ended by itself."""
-        running = self._popen.poll() is None
-        if running:
-            self._popen.kill()
-            self._popen.wait()
+        """The run has ended: AssertionError unless all that it started ends too."""
         try:
+            assert self._popen.poll() is not None, "wait for the run, or kill it"
             wait_until(lambda: not self.survivors(), CLEANUP_TIMEOUT_S, "the end of the run's processes")
         finally:
             self.end_survivors()
@@ -185,6 +188,12 @@ def read_jsonl(path: Path) -> list[Record]:
     """Objects of a JSON-lines file that may be written to at this moment; none if it is missing."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
+
+
+def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """A data set of these rows."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def reproducible(record: Record) -> dict[str, float]:

@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import NO_VALIDATION
-from harness import Outcome, end_processes, run, started_by, wait_until
+from harness import NO_VALIDATION, Outcome, end_processes, run, started_by, wait_until
 
 LOOK = """
 import json, ray

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import NO_VALIDATION, write_jsonl
-from harness import Outcome, read_jsonl, run
+from harness import NO_VALIDATION, Outcome, read_jsonl, run, write_jsonl
 
 PROMPTS, RESPONSES = 16, 8
 REWARD = '''"""Right or wrong, except for answers that ask for trouble."""
@@ -66,10 +65,11 @@ def test_failures_below_the_rate_are_counted_and_left_out(troubled_run: Outcome)
 
 
 def test_the_console_tells_how_many_and_why(troubled_run: Outcome) -> None:
-    out = troubled_run.stdout
-    assert "the reward function failed for 17 responses (13.3%)" in out
-    for reason in ("no score for this one", "returned nan", "timed out after 1 s"):
-        assert reason in out, troubled_run.told
+    assert "the reward function failed for 17 responses (13.3%)" in troubled_run.stdout
+    told = troubled_run.stderr
+    assert "17 of 128 rewards failed and are left out: 8 x " in told
+    for reason in ("8 x raised RuntimeError: no score for this one", "8 x returned nan", "1 x timed out after 1 s"):
+        assert reason in told, troubled_run.told
 
 
 def test_failures_above_the_rate_end_the_run(troubled_run: Outcome) -> None:

@@ -38,10 +38,10 @@ def test_every_token_is_compared_when_asked(frozen_run: Outcome) -> None:
 
 
 def test_an_exported_model_goes_on_from_where_it_was(frozen_run: Outcome, main_run: Outcome) -> None:
-    tenth = main_run.records()[10]
-    assert tenth["step"] == 10
-    assert frozen_run.summary()["accuracy_before"] == pytest.approx(tenth["val/accuracy"], abs=0.2)
-    assert frozen_run.summary()["accuracy_before"] > 0.5
+    """At a lower temperature than the main run's validation, and on sums that it was trained on."""
+    step = int(main_run.checkpoints()[0].name.removeprefix("step_"))
+    (exported,) = (record for record in main_run.records() if record["step"] == step)
+    assert frozen_run.records()[0]["val/accuracy"] > exported["val/accuracy"] - 0.1
 
 
 def test_accuracy_of_each_data_source(frozen_run: Outcome) -> None:
