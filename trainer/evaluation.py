@@ -30,37 +30,37 @@ class Evaluation:
         """Metrics val/*, and the last samples for people to look at."""
         if not self.prompts:
             return {}, None
-        metrics, samples = self._measure(source, self.sampling, "val", seed)
+        metrics, samples = self._measure(source, self.sampling, "val/", seed)
         if self.greedy:
-            metrics |= self._measure(source, greedy(self.sampling), "val/greedy", seed)[0]
+            metrics |= self._measure(source, greedy(self.sampling), "val/greedy_", seed)[0]
         return metrics, samples
 
     def _measure(
-        self, source: SyncSource, sampling: SamplingSpec, name: str, seed: Sequence[int]
+        self, source: SyncSource, sampling: SamplingSpec, prefix: str, seed: Sequence[int]
     ) -> tuple[Metrics, Samples]:
         size = self.batch_size or len(self.prompts)
         batches = [self.prompts[start : start + size] for start in range(0, len(self.prompts), size)]
         measured: list[Samples] = []
+        num_errors = 0.0
         for number, prompts in enumerate(batches):
-            key = f"{name}-{'-'.join(map(str, seed))}-{number}"
+            key = f"{prefix}{'-'.join(map(str, seed))}-{number}"
             samples = source.generate(key, prompts, sampling, seed=(*seed, number), sleep=False, phase=_untimed)
-            measured.append(drop_failed(samples, max_error_rate=self.max_error_rate)[0])
-        return _accuracies(measured, name), measured[-1]
+            kept, errors = drop_failed(samples, max_error_rate=self.max_error_rate)
+            measured.append(kept)
+            num_errors += errors["reward/errors"]
+        return _accuracies(measured, prefix) | {f"{prefix}reward_errors": num_errors}, measured[-1]
 
 
-def _accuracies(measured: Sequence[Samples], name: str) -> Metrics:
+def _accuracies(measured: Sequence[Samples], prefix: str) -> Metrics:
     """Mean reward, of everything and of each data source if there are several, and mean response length."""
-    separator = "/" if name == "val" else "_"
     rewards = np.concatenate([s.rewards for s in measured])
+    lengths = np.concatenate([s.meta.response_length for s in measured])
     sources = np.array([s.prompts[g].data_source for s in measured for g in s.meta.group])
-    metrics = {f"{name}{separator}accuracy": float(rewards.mean())}
-    if name == "val":
-        lengths = np.concatenate([s.meta.response_length for s in measured])
-        metrics["val/response_length/mean"] = float(lengths.mean())
+    metrics = {f"{prefix}accuracy": float(rewards.mean()), f"{prefix}response_length/mean": float(lengths.mean())}
     names = sorted(set(sources.tolist()))
     if len(names) > 1:
-        prefix = "greedy_" if name != "val" else ""
-        metrics |= {f"val/{n}/{prefix}accuracy": float(rewards[sources == n].mean()) for n in names}
+        kind = prefix.removeprefix("val/")
+        metrics |= {f"val/{n}/{kind}accuracy": float(rewards[sources == n].mean()) for n in names}
     return metrics
 
 

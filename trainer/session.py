@@ -17,6 +17,7 @@ from trainer.inputs import Inputs
 from trainer.measure import Metrics
 from trainer.roles import TrainRole
 from trainer.samples import Samples
+from trainer.scoring import RewardErrorRate
 from trainer.tracking.phases import Phases
 from trainer.tracking.records import CompletionRow
 from trainer.tracking.report import write_report
@@ -51,8 +52,8 @@ class Session:
         if driver.state.step == 0 and self.cfg.trainer.val_before_train:
             self.phases.step(0)
             metrics, samples = driver.validate()
-            self.tracker.log(0, metrics | self.phases.metrics())
             if samples is not None:
+                self.tracker.log(0, metrics | self.phases.metrics())
                 self.tracker.completions(0, self._val_rows(samples))
         self.phases.step(driver.state.step + 1)
         while not driver.finished:
@@ -65,7 +66,13 @@ class Session:
     def _one_step(self) -> None:
         driver = self.driver
         self.first_step_at = self.first_step_at or time.time()
-        samples, metrics = driver.step()
+        before = driver.state.state_dict()
+        try:
+            samples, metrics = driver.step()
+        except RewardErrorRate:  # nothing was trained yet: what was learned so far is kept, the step begins anew
+            driver.state.load_state_dict(before)
+            self.save()
+            raise
         validated: Samples | None = None
         if driver.is_validation_due():
             measured, validated = driver.validate()
