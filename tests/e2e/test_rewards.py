@@ -83,3 +83,7 @@ def test_the_report_is_there_all_the_same(troubled_run: Outcome) -> None:
     assert troubled_run.summary()["steps"] == 2
     assert (troubled_run.directory / "report.html").stat().st_size > 10_000
     assert [record["step"] for record in troubled_run.steps()] == [1, 2]
+
+
+def test_what_was_learned_before_the_failure_is_saved(troubled_run: Outcome) -> None:
+    assert [path.name for path in troubled_run.checkpoints()] == ["step_000002"]
