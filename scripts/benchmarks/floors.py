@@ -26,10 +26,10 @@ class Floor:
 
 QUICKSTART = (
     # Driver and Ray are not what a step is for: at most a tenth of it, on two cores, with the smallest model we have
-    # (measured 2 to 4 %). Any larger model makes the share smaller.
+    # (measured 2 %). Any larger model makes the share smaller.
     Floor("overhead_share", at_most=0.10),
     # From the command to the first training step, in an installed environment on two cores: importing torch, Ray and
-    # vLLM in four processes takes 20 s there; more than 40 s and a newcomer wonders whether it hangs.
+    # vLLM in five processes takes about 22 s there; more than 40 s and a newcomer wonders whether it hangs.
     Floor("seconds_to_first_step", at_most=40.0),
 )
 
