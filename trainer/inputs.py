@@ -57,6 +57,7 @@ def load_inputs(cfg: Config) -> Inputs:
             "directory with a Hugging Face checkpoint, or a hub name this machine can reach"
         ) from error
     fields = config.to_dict() | model.override_config
+    check_attention(fields, model.path, longest=cfg.max_sequence_length)
     data = cfg.data
     train = PromptDataset.load(
         data, tokenizer, data.train_files, "data.train_files", max_samples=data.train_max_samples
@@ -76,6 +77,29 @@ def load_inputs(cfg: Config) -> Inputs:
         fingerprint={key: fields[key] for key in _FINGERPRINT if key in fields},
         eos_ids=_eos_ids(tokenizer.eos_token_id, config.eos_token_id, model_path),
     )
+
+
+def check_attention(fields: dict[str, Any], path: str, *, longest: int) -> None:
+    """Raises ValueError for a model whose attention is not plain causal attention over `longest` tokens.
+
+    fields: of its Hugging Face config.
+    """
+    layers = fields.get("layer_types")
+    windowed = "sliding_attention" in layers if layers else fields.get("use_sliding_window", True)
+    window = fields.get("sliding_window")
+    too_short = windowed and window is not None and window < longest
+    refused = {
+        f"a sliding window of {window} tokens, less than the {longest} of data.max_prompt_length + "
+        "data.max_response_length": too_short,
+        "capped attention scores (attn_logit_softcapping)": fields.get("attn_logit_softcapping") is not None,
+        "attention sinks": fields.get("model_type") == "gpt_oss",
+    }
+    reasons = [reason for reason, holds in refused.items() if holds]
+    if reasons:
+        raise ValueError(
+            f"actor_rollout_ref.model.path={path}: the model has {' and '.join(reasons)}, which packed training does "
+            "not compute; use another model, or shorter sequences where only the window is in the way"
+        )
 
 
 def absolute(path: str) -> str:
