@@ -97,13 +97,14 @@ class Driver:
 
     def is_validation_due(self) -> bool:
         """Every test_freq steps and after the last."""
-        step, cadence = self.state.step, self.cadence
-        return step >= cadence.total_steps or (cadence.test_freq > 0 and step % cadence.test_freq == 0)
+        return self._is_due(self.cadence.test_freq)
 
     def is_checkpoint_due(self) -> bool:
         """Every save_freq steps and after the last."""
-        step, cadence = self.state.step, self.cadence
-        return step >= cadence.total_steps or (cadence.save_freq > 0 and step % cadence.save_freq == 0)
+        return self._is_due(self.cadence.save_freq)
+
+    def _is_due(self, freq: int) -> bool:
+        return self.finished or (freq > 0 and self.state.step % freq == 0)
 
     @property
     def finished(self) -> bool:

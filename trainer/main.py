@@ -22,7 +22,7 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
-from trainer.config.errors import UserError, user_errors
+from trainer.config.errors import UserError, complain, user_errors
 from trainer.config.load import (
     COMPOSE_ERRORS,
     CONFIG_DIR,
@@ -44,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         for notice in notices:
             print(f"note: {notice}", file=sys.stderr)
-        red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
-        print(f"{red}error:{plain} {error}", file=sys.stderr)
+        complain(str(error))
         return 2
 
 

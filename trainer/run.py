@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from trainer import checkpoint, placement
-from trainer.config.errors import user_errors
+from trainer.config.errors import complain, user_errors
 from trainer.config.schema import Config
 from trainer.data.order import PromptOrder
 from trainer.driver import Driver
@@ -40,13 +39,17 @@ DONE, FAILED, INTERRUPTED = 0, 1, 130
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Everything a run needs before its first actor starts."""
+    """Everything a run needs before its first actor starts.
+
+    fingerprint: the model's shape and whether there is a critic: what a checkpoint must share to be continued.
+    """
 
     inputs: Inputs
     sizes: Sizes
     resume: checkpoint.Checkpoint | None
     cluster: placement.Cluster
     run_dir: Path
+    fingerprint: dict[str, Any]
 
 
 def run(cfg: Config, notices: Sequence[str]) -> int:
@@ -64,18 +67,13 @@ def run(cfg: Config, notices: Sequence[str]) -> int:
         show_plan(console, cfg, prepared.inputs, prepared.sizes, prepared.cluster, prepared.resume, prepared.run_dir)
         return DONE if cfg.trainer.dry_run else _execute(cfg, prepared, started, console)
     except KeyboardInterrupt:
-        _complain("interrupted; the same command starts again, from the last checkpoint if there is one")
+        complain("interrupted; the same command starts again, from the last checkpoint if there is one")
         return INTERRUPTED
     except (WorkerError, RewardErrorRate, checkpoint.CheckpointError) as error:
-        _complain("\n".join([str(error), *getattr(error, "__notes__", ())]))
+        complain("\n".join([str(error), *getattr(error, "__notes__", ())]))
         return FAILED
     finally:
         ray.shutdown()
-
-
-def fingerprint(cfg: Config, inputs: Inputs) -> dict[str, Any]:
-    """The model's shape, and whether there is a critic."""
-    return inputs.fingerprint | {"critic": cfg.use_critic}
 
 
 def _prepare(cfg: Config, console: Console) -> Prepared:
@@ -89,14 +87,13 @@ def _prepare(cfg: Config, console: Console) -> Prepared:
         console.print(f"note: {notice}", style="yellow", markup=False)
     derived = sizes(cfg, inputs)
     trainer = cfg.trainer
-    resume = checkpoint.choose(
-        run_dir / "checkpoints", trainer.resume_mode, trainer.resume_from_path, fingerprint(cfg, inputs)
-    )
+    fingerprint = inputs.fingerprint | {"critic": cfg.use_critic}
+    resume = checkpoint.choose(run_dir / "checkpoints", trainer.resume_mode, trainer.resume_from_path, fingerprint)
     if resume is not None:  # other data or another order would be refused later, with actors running
         PromptOrder(len(inputs.train), seed=cfg.data.seed, shuffle=cfg.data.shuffle).load_state_dict(
             resume.state["order"]
         )
-    return Prepared(inputs, derived, resume, placement.reserve(cfg), run_dir)
+    return Prepared(inputs, derived, resume, placement.reserve(cfg), run_dir, fingerprint)
 
 
 def _execute(cfg: Config, prepared: Prepared, started: float, console: Console) -> int:
@@ -119,9 +116,7 @@ def _execute(cfg: Config, prepared: Prepared, started: float, console: Console) 
     )
     console.print(f"ready after {time.time() - started:.0f} s", style="dim")
     stop = _stop_on_signals(console)
-    session = Session(
-        cfg, prepared.inputs, driver, tracker, phases, run_dir, started, stop, fingerprint(cfg, prepared.inputs)
-    )
+    session = Session(cfg, prepared.inputs, driver, tracker, phases, run_dir, started, stop, prepared.fingerprint)
     try:
         session.train()
         return DONE
@@ -154,8 +149,3 @@ def _stop_on_signals(console: Console) -> threading.Event:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)
     return requested
-
-
-def _complain(message: str) -> None:
-    red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
-    print(f"{red}error:{plain} {message}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from trainer.config.schema import Config, FsdpConfig, OptimConfig
 from trainer.data.order import steps_per_epoch
@@ -83,43 +84,60 @@ def rollout_spec(cfg: Config, inputs: Inputs, kind: DeviceType, devices: list[De
 
 def actor_spec(cfg: Config, inputs: Inputs, sizes: Sizes) -> EngineSpec:
     """The policy that is trained."""
-    actor, model = cfg.actor_rollout_ref.actor, cfg.actor_rollout_ref.model
-    return EngineSpec(
-        model_path=inputs.model_path,
+    actor = cfg.actor_rollout_ref.actor
+    return _engine_spec(
+        cfg,
+        inputs.model_path,
         head="logprobs",
         sharding=_sharding(actor.fsdp_config),
         optimizer=_optimizer(actor.optim, sizes.total_steps * sizes.actor_updates_per_step),
-        gradient_checkpointing=model.enable_gradient_checkpointing,
-        share_prompt=model.share_prompt,
-        trust_remote_code=model.trust_remote_code,
-        override_config=model.override_config,
+        gradient_checkpointing=cfg.actor_rollout_ref.model.enable_gradient_checkpointing,
     )
 
 
 def reference_spec(cfg: Config, inputs: Inputs) -> EngineSpec:
     """The frozen reference: forward only."""
-    fsdp, model = cfg.actor_rollout_ref.ref.fsdp_config, cfg.actor_rollout_ref.model
-    return EngineSpec(
-        model_path=inputs.model_path,
+    fsdp = cfg.actor_rollout_ref.ref.fsdp_config
+    return _engine_spec(
+        cfg,
+        inputs.model_path,
         head="logprobs",
         sharding=ShardSpec(fsdp.dtype, fsdp.dtype, fsdp.reshard_after_forward, fsdp.wrap_min_num_params),
         optimizer=None,
         gradient_checkpointing=False,
-        share_prompt=model.share_prompt,
-        trust_remote_code=model.trust_remote_code,
-        override_config=model.override_config,
     )
 
 
 def critic_spec(cfg: Config, sizes: Sizes) -> EngineSpec:
     """The value function."""
-    critic, model = cfg.critic, cfg.actor_rollout_ref.model
-    return EngineSpec(
-        model_path=absolute(critic.model.path),
+    critic = cfg.critic
+    return _engine_spec(
+        cfg,
+        absolute(critic.model.path),
         head="values",
         sharding=_sharding(critic.fsdp),
         optimizer=_optimizer(critic.optim, sizes.total_steps * sizes.critic_updates_per_step),
         gradient_checkpointing=critic.model.enable_gradient_checkpointing,
+    )
+
+
+def _engine_spec(
+    cfg: Config,
+    model_path: str,
+    *,
+    head: Literal["logprobs", "values"],
+    sharding: ShardSpec,
+    optimizer: OptimizerSpec | None,
+    gradient_checkpointing: bool,
+) -> EngineSpec:
+    """With what every role takes from actor_rollout_ref.model."""
+    model = cfg.actor_rollout_ref.model
+    return EngineSpec(
+        model_path=model_path,
+        head=head,
+        sharding=sharding,
+        optimizer=optimizer,
+        gradient_checkpointing=gradient_checkpointing,
         share_prompt=model.share_prompt,
         trust_remote_code=model.trust_remote_code,
         override_config=model.override_config,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -19,6 +21,12 @@ def user_errors() -> Iterator[None]:
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def complain(message: str) -> None:
+    """Write an error as the user sees it: on standard error, red first on a terminal unless NO_COLOR is set."""
+    red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
+    print(f"{red}error:{plain} {message}", file=sys.stderr)
 
 
 def raise_problems(problems: Sequence[str]) -> None:
