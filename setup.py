@@ -24,7 +24,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["trainer*", "workers*", "configs*"]),
-    package_data={"trainer.tracking": ["assets/*"], "configs": ["*.yaml", "**/*.yaml"]},
+    package_data={
+        "trainer.tracking": ["assets/*"],
+        "trainer.diagnosis": ["*.json"],
+        "workers.rollout.vllm": ["*.json"],
+        "configs": ["*.yaml", "**/*.yaml"],
+    },
     install_requires=requirements("common.txt"),
     extras_require={
         "cpu": [r for r in requirements("cpu.txt")],

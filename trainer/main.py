@@ -34,6 +34,7 @@ from trainer.config.load import (
 from trainer.config.overrides import prepare_overrides
 from trainer.config.schema import Config
 from trainer.config.validate import validate
+from trainer.diagnosis import BROKEN, WARNING, startup_items
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,12 +57,27 @@ def _train(argv: list[str], notices: list[str]) -> int:
         config, translated = type_tree(tree, overrides=overrides)
         notices += translated
         notices += validate(config)
+        notices += _diagnose(config)
     _let_ray_find_its_token(config)
     from trainer.run import run  # torch and Ray take seconds to import; a wrong configuration is told at once
 
     shown_by_run = notices.copy()
     notices.clear()
     return run(config, shown_by_run)
+
+
+def _diagnose(config: Config) -> list[str]:
+    """The cheap checks of scripts/diagnose.py. Returns warnings; raises ValueError where training could not start."""
+    if not config.actor_rollout_ref.rollout.auto_adapt:
+        return []
+    device: str = config.trainer.device
+    if device == "auto":
+        device = "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+    items = startup_items(device)
+    broken = [f"{item.name}: {item.reason}; {item.told()}" for item in items if item.verdict == BROKEN]
+    if broken:
+        raise ValueError("\n".join([*broken, "python scripts/diagnose.py shows the whole picture"]))
+    return [f"{item.name}: {item.reason}; {item.told()}" for item in items if item.verdict == WARNING]
 
 
 def _let_ray_find_its_token(config: Config) -> None:

@@ -1,0 +1,150 @@
+"""What the installed vLLM can do: the one table of differences between its versions.
+
+A capability is read from the version's own fields and signatures, so a release that changed nothing needs no entry.
+`_SINCE` and `_BETWEEN` hold the few cases where the meaning changed under an unchanged signature: there, and only
+there, versions are compared. tests/vllm/test_contract.py holds every entry against the sources of every minor release.
+Standard library and `packaging` only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from workers.rollout.vllm import installed
+from workers.rollout.vllm.installed import Sources
+
+try:
+    from packaging.version import Version
+except ImportError:  # diagnose runs where nothing is installed
+    if not TYPE_CHECKING:
+        from pip._vendor.packaging.version import Version
+
+OLDEST, NEWEST = Version("0.7.0"), Version("0.33.0")
+"""The releases whose sources were read; later ones work by capability, with a notice."""
+
+_SINCE = {
+    "v1_engine": "0.8.0",  # before: V0 is the default, and V1 has no RPC
+    "processed_logprobs_are_sampled": "0.10.2",  # before: taken ahead of temperature, top-k and top-p
+    "sleep_keeps_buffers": "0.8.5",  # before: level 2 loses them (rotary tables)
+    "scheduler_waits_for_full_wake": "0.25.0",
+    "expandable_segments_with_sleep": "0.20.0",
+    "launcher_free_of_patches": "0.7.3",
+}
+_BETWEEN = {
+    "moe_loses_loaders": ("0.8.2", "0.8.5"),  # expert weights are made anew after loading, without weight_loader
+    "extension_falls_back_to_v0": ("0.8.0", "0.8.2"),
+    "scheduler_wakes_with_weights": ("0.17.0", "0.25.0"),
+}
+
+_CPU_WORKER, _CPU_THREADS = "v1.worker.cpu_worker", "utils.ompmultiprocessing"
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What one version of vLLM offers.
+
+    version: as installed. engine_arguments, sampling_fields: names that `LLM` and `SamplingParams` take.
+    environment: variables it reads. v0_engine: the default engine is the one before V1.
+    processed_logprobs: log-probs can be asked for as processed; sampled_logprobs: and then are those of the
+    distribution that was sampled, temperature and truncation applied. flat_logprobs: lists instead of an object per
+    token. worker_extension: methods can be mixed into its worker; else a worker class of ours is needed.
+    wake_tags: weights and KV cache can wake apart. wakes_scheduler_early: waking the weights alone lets requests run.
+    sleep_keeps_buffers: level 2 restores what is not a parameter. moe_loses_loaders: see above.
+    layerwise_reload: weights that were laid out anew can be loaded.
+    cpu_gemm_dispatch: the CPU build packs linear weights, by a function that can be replaced. cpu_unbound: its word for
+    threads that are not bound to cores. cpu_cache_bytes: it takes the cache's size in bytes, not in GiB only.
+    cpu_wants_preload: it does not start unless LD_PRELOAD names an allocator and an OpenMP library.
+    cudagraph_mode: kinds of CUDA graphs can be chosen. attention_argument: the attention backend is an argument.
+    needs_patches: the three patches that 0.7 asks for. expandable_segments: sleep mode bears that allocator setting.
+    """
+
+    version: Version
+    engine_arguments: frozenset[str]
+    sampling_fields: frozenset[str]
+    environment: frozenset[str]
+    v0_engine: bool
+    processed_logprobs: bool
+    sampled_logprobs: bool
+    flat_logprobs: bool
+    worker_extension: bool
+    wake_tags: bool
+    wakes_scheduler_early: bool
+    sleep_keeps_buffers: bool
+    moe_loses_loaders: bool
+    layerwise_reload: bool
+    cpu_gemm_dispatch: bool
+    cpu_unbound: str
+    cpu_cache_bytes: bool
+    cpu_wants_preload: bool
+    cudagraph_mode: bool
+    attention_argument: bool
+    needs_patches: bool
+    expandable_segments: bool
+
+    @property
+    def known(self) -> bool:
+        """Whether this release, or one between the oldest and the newest whose sources were read."""
+        return self.version >= OLDEST and self.version.release[:2] <= NEWEST.release[:2]
+
+
+@lru_cache(maxsize=1)
+def of_installed() -> Capabilities:
+    """The installed version's. Raises ValueError if there is none, or it cannot be read."""
+    found = installed.find()
+    if found is None:
+        raise ValueError("vLLM is not installed here; bash scripts/install.sh, or python scripts/diagnose.py")
+    return look_up(found.sources, Version(found.version))
+
+
+def look_up(sources: Sources, version: Version) -> Capabilities:
+    """The capabilities of a version with these sources. Raises ValueError if they are not those of a vLLM."""
+    arguments = sources.fields("engine.arg_utils", "EngineArgs")
+    sampling = sources.fields("sampling_params", "SamplingParams")
+    if not arguments or not sampling:
+        raise ValueError(f"vLLM {version}: EngineArgs or SamplingParams is missing; the installation is not whole")
+    v0 = not _since("v1_engine", version) or _between("extension_falls_back_to_v0", version)
+    return Capabilities(
+        version=version,
+        engine_arguments=arguments,
+        sampling_fields=sampling,
+        environment=sources.variables("envs"),
+        v0_engine=v0,
+        processed_logprobs=v0 or "logprobs_mode" in arguments,
+        sampled_logprobs=v0 or _since("processed_logprobs_are_sampled", version),
+        flat_logprobs="flat_logprobs" in sampling,
+        worker_extension="worker_extension_cls" in arguments,
+        wake_tags="tags" in (sources.parameters("entrypoints.llm", "LLM.wake_up") or ()),
+        wakes_scheduler_early=_between("scheduler_wakes_with_weights", version),
+        sleep_keeps_buffers=_since("sleep_keeps_buffers", version),
+        moe_loses_loaders=_between("moe_loses_loaders", version),
+        layerwise_reload=sources.has_module("model_executor.model_loader.reload"),
+        cpu_gemm_dispatch="dispatch_cpu_unquantized_gemm" in sources.names("model_executor.layers.utils"),
+        cpu_unbound="nobind" if any("nobind" in sources.text(m) for m in (_CPU_WORKER, _CPU_THREADS)) else "all",
+        cpu_cache_bytes="kv_cache_memory_bytes" in sources.text(_CPU_WORKER),
+        cpu_wants_preload='raise RuntimeError(\n                    f"{name} is not found in LD_PRELOAD'
+        in sources.text(_CPU_WORKER),
+        cudagraph_mode="cudagraph_mode" in _compilation_fields(sources),
+        attention_argument="attention_backend" in arguments,
+        needs_patches=not _since("launcher_free_of_patches", version),
+        expandable_segments=_since("expandable_segments_with_sleep", version),
+    )
+
+
+def first_with(capability: str) -> str:
+    """The version in which a capability of `_SINCE` began, for messages."""
+    return _SINCE[capability]
+
+
+def _compilation_fields(sources: Sources) -> frozenset[str]:
+    return sources.fields("config.compilation", "CompilationConfig") | sources.fields("config", "CompilationConfig")
+
+
+def _since(what: str, version: Version) -> bool:
+    return version >= Version(_SINCE[what])
+
+
+def _between(what: str, version: Version) -> bool:
+    first, end = _BETWEEN[what]
+    return Version(first) <= version < Version(end)
