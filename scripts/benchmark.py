@@ -1,6 +1,7 @@
 """Measure Tandem:  python scripts/benchmark.py quickstart [--check] [--steps 40] [--repeat 3] [--ranks 1] [--set k=v]
 
     python scripts/benchmark.py quickstart --check          # seconds per step, where they go, start-up: 1-2 minutes
+    python scripts/benchmark.py rollout --check             # generation against a bare LLM.generate: 1 minute
     python scripts/benchmark.py quickstart-seeds --svg docs/images/learning_curve.svg    # three seeds
 
 Run it from the installed environment, on a machine with nothing else to do. Each subcommand starts the program as a
@@ -16,11 +17,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import quickstart, seeds
+from benchmarks import quickstart, rollout, seeds
 from benchmarks.launch import RunFailed
 from rich.console import Console
 
-COMMANDS = (quickstart.COMMAND, seeds.COMMAND)
+COMMANDS = (quickstart.COMMAND, seeds.COMMAND, rollout.COMMAND)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

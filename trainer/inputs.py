@@ -58,6 +58,7 @@ def load_inputs(cfg: Config) -> Inputs:
         ) from error
     fields = config.to_dict() | model.override_config
     check_attention(fields, model.path, longest=cfg.max_sequence_length)
+    check_experts(fields, model.path)
     data = cfg.data
     train = PromptDataset.load(
         data, tokenizer, data.train_files, "data.train_files", max_samples=data.train_max_samples
@@ -99,6 +100,16 @@ def check_attention(fields: dict[str, Any], path: str, *, longest: int) -> None:
         raise ValueError(
             f"actor_rollout_ref.model.path={path}: the model has {' and '.join(reasons)}, which packed training does "
             "not compute; use another model, or shorter sequences where only the window is in the way"
+        )
+
+
+def check_experts(fields: dict[str, Any], path: str) -> None:
+    """Raises ValueError for a mixture of experts: FSDP holds its experts under other names than vLLM loads."""
+    experts = next((fields[k] for k in ("num_experts", "num_local_experts", "n_routed_experts") if fields.get(k)), 0)
+    if experts > 1:
+        raise ValueError(
+            f"actor_rollout_ref.model.path={path}: a mixture of {experts} experts, whose weights FSDP cannot hand to "
+            "vLLM yet; use a dense model"
         )
 
 

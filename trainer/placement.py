@@ -109,10 +109,13 @@ def reserve(cfg: Config) -> Cluster:
     return Cluster(kind, tuple(devices), cpus, groups)
 
 
-def start(actor: type, device: Device, *args: object) -> Any:
-    """Starts an actor of a plain class beside a device's bundle."""
+def start(actor: type, device: Device, *args: object, concurrency_groups: dict[str, int] | None = None) -> Any:
+    """Starts an actor of a plain class beside a device's bundle. concurrency_groups: threads of each, by name."""
     strategy = PlacementGroupSchedulingStrategy(device.group, placement_group_bundle_index=device.bundle)
-    return ray.remote(actor).options(num_cpus=0, num_gpus=0, scheduling_strategy=strategy).remote(*args)
+    options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": strategy}
+    if concurrency_groups:
+        options["concurrency_groups"] = concurrency_groups  # Ray takes them here, and refuses them in .options()
+    return ray.remote(**options)(actor).remote(*args)
 
 
 def _check_capacity(resource: str, per_node: int, nnodes: int) -> None:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from trainer.adaptation import Adaptation
 from trainer.checkpoint import Checkpoint
 from trainer.config.schema import Config
 from trainer.inputs import Inputs
 from trainer.placement import Cluster
 from trainer.specs import Sizes
-from trainer.tracking.console import batch_table, startup_table
+from trainer.tracking.console import batch_table, engine_table, startup_table
 
 
 def show_plan(
@@ -20,11 +21,13 @@ def show_plan(
     inputs: Inputs,
     sizes: Sizes,
     cluster: Cluster,
+    adaptation: Adaptation,
     resume: Checkpoint | None,
     run_dir: Path,
 ) -> None:
-    """Prints roles, devices and derived batch sizes, and where the run continues from."""
+    """Prints roles, devices, what vLLM runs with, derived batch sizes, and where the run continues from."""
     console.print(startup_table(role_rows(cfg, cluster)))
+    console.print(engine_table(adaptation.version, adaptation.choices))
     console.print(batch_table(batch_sizes(cfg, inputs, sizes)))
     if resume is not None:
         console.print(f"resuming after step {resume.step} from {resume.path}", markup=False)

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from trainer import checkpoint, placement
+from trainer.adaptation import Adaptation, adapt
 from trainer.config.errors import complain, user_errors
 from trainer.config.schema import Config
 from trainer.data.order import PromptOrder
@@ -48,6 +49,7 @@ class Prepared:
     sizes: Sizes
     resume: checkpoint.Checkpoint | None
     cluster: placement.Cluster
+    adaptation: Adaptation
     run_dir: Path
     fingerprint: dict[str, Any]
 
@@ -64,7 +66,16 @@ def run(cfg: Config, notices: Sequence[str]) -> int:
     try:
         with user_errors():
             prepared = _prepare(cfg, console)
-        show_plan(console, cfg, prepared.inputs, prepared.sizes, prepared.cluster, prepared.resume, prepared.run_dir)
+        show_plan(
+            console,
+            cfg,
+            prepared.inputs,
+            prepared.sizes,
+            prepared.cluster,
+            prepared.adaptation,
+            prepared.resume,
+            prepared.run_dir,
+        )
         return DONE if cfg.trainer.dry_run else _execute(cfg, prepared, started, console)
     except KeyboardInterrupt:
         complain("interrupted; the same command starts again, from the last checkpoint if there is one")
@@ -93,7 +104,11 @@ def _prepare(cfg: Config, console: Console) -> Prepared:
         PromptOrder(len(inputs.train), seed=cfg.data.seed, shuffle=cfg.data.shuffle).load_state_dict(
             resume.state["order"]
         )
-    return Prepared(inputs, derived, resume, placement.reserve(cfg), run_dir, fingerprint)
+    cluster = placement.reserve(cfg)
+    adaptation = adapt(cfg, inputs, cluster)
+    for notice in adaptation.notices:
+        console.print(f"note: {notice}", style="yellow", markup=False)
+    return Prepared(inputs, derived, resume, cluster, adaptation, run_dir, fingerprint)
 
 
 def _execute(cfg: Config, prepared: Prepared, started: float, console: Console) -> int:
@@ -103,7 +118,7 @@ def _execute(cfg: Config, prepared: Prepared, started: float, console: Console) 
     console.print("starting workers ...", style="dim")
     workers = start_workers(cfg, prepared.inputs, prepared.cluster)
     phases = Phases()
-    driver = build(cfg, prepared.inputs, workers, prepared.sizes, phases)
+    driver = build(cfg, prepared.inputs, workers, prepared.sizes, phases, prepared.adaptation.sampling)
     if resume is not None:
         _restore(driver, resume, cfg)
     driver.publish()

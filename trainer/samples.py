@@ -7,6 +7,7 @@ computes on it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
+from workers.group import WorkerError
 from workers.protocol import FINISH_REASONS, FloatArray, Prompt, RolloutBlock, Scores, SequenceMeta, concat_meta, split
 from workers.train_worker import Column, RankBatch
 
@@ -25,7 +27,7 @@ INLINE_BYTES = 64 << 10
 class Samples:
     """Sequences in deterministic order: by prompt, then sample.
 
-    key: names the batch; workers cache by it. prompts: by group number. blocks: one RolloutBlock reference per replica.
+    key: names the batch; workers cache by it. prompts: by group number. blocks: RolloutBlock references, one per chunk.
     meta: [S]; where: [S, 2] = (block, row in block). rewards: [S]; parts: name -> [S]; errors: [S], "" if none.
     rank_of: number of training ranks -> [S], the rank each row was dealt to.
     """
@@ -53,7 +55,7 @@ class Samples:
     def join(
         key: str, prompts: list[Prompt], blocks: tuple[Any, ...], metas: list[SequenceMeta], scores: list[Scores]
     ) -> Samples:
-        """The blocks of all replicas and their scores as one batch."""
+        """The blocks and their scores as one batch, the same whatever came in which block and when."""
         meta, where = concat_meta(metas)
         names = sorted({name for s in scores for name in s.parts})
         missing = [np.full(len(s.rewards), np.nan, dtype=np.float32) for s in scores]
@@ -134,6 +136,19 @@ class Samples:
     def _block_mask(block: RolloutBlock) -> list[npt.NDArray[Any]]:
         mask = np.ones(len(block.response_ids), dtype=np.bool_) if block.loss_mask is None else block.loss_mask
         return split(mask, block.meta.response_length)
+
+
+def check_complete(metas: Sequence[SequenceMeta], *, num_prompts: int, n: int) -> None:
+    """Raises WorkerError unless each of the prompts has exactly its samples 0 .. n-1."""
+    rows = [m.group.astype(np.int64) * n + m.sample for m in metas]
+    counts = np.bincount(np.concatenate([np.zeros(0, dtype=np.int64), *rows]), minlength=num_prompts * n)
+    wrong = np.flatnonzero(counts != 1)
+    if len(wrong):
+        named = ", ".join(f"prompt {i // n} sample {i % n} {counts[i]} times" for i in wrong[:8])
+        raise WorkerError(
+            f"rollout: {len(wrong)} of {num_prompts * n} responses did not come exactly once: {named}"
+            f"{', ...' if len(wrong) > 8 else ''}"
+        )
 
 
 def _ordered(values: list[FloatArray], where: npt.NDArray[np.intp]) -> FloatArray:

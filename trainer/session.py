@@ -53,7 +53,7 @@ class Session:
             self.phases.step(0)
             metrics, samples = driver.validate()
             if samples is not None:
-                self.tracker.log(0, metrics | self.phases.metrics())
+                self.tracker.log(0, metrics | driver.source.take_metrics() | self.phases.metrics())
                 self.tracker.completions(0, self._val_rows(samples))
         self.phases.step(driver.state.step + 1)
         while not driver.finished:
@@ -77,7 +77,7 @@ class Session:
         if driver.is_validation_due():
             measured, validated = driver.validate()
             metrics |= measured
-        metrics |= self._throughput(samples) | self._position()
+        metrics |= driver.source.take_metrics() | self._throughput(samples) | self._position()
         self._record(metrics | self.phases.metrics(), samples)
         if validated is not None:
             self.tracker.completions(driver.state.step, self._val_rows(validated))
@@ -163,7 +163,6 @@ class Session:
         return {
             "perf/tokens": tokens,
             "perf/tokens_per_second": tokens / work,
-            "memory/rollout_peak_bytes": float(self.driver.source.peak_bytes),
             "perf/generate_tokens_per_second": samples.num_tokens / times["time/generate"],
         }
 

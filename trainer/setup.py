@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -20,15 +22,18 @@ from trainer.inputs import Inputs
 from trainer.placement import Cluster, start
 from trainer.roles import AbsentRole, Passes, Role, TrainRole, UpdateSettings
 from trainer.sources import SyncSource
-from trainer.specs import Sizes, actor_spec, critic_spec, reference_spec, rollout_spec, sampling_spec
+from trainer.specs import Sizes, actor_spec, critic_spec, reference_spec, rollout_spec
 from trainer.state import TrainState
 from trainer.tracking.phases import Phases
+from trainer.tracking.rollout import RolloutLog
 from workers.engines.base import EngineSpec
 from workers.group import WorkerGroup
 from workers.reward.decoding import decoder_json
 from workers.reward.function import RewardSpec
 from workers.reward.worker import RewardWorker
-from workers.rollout.vllm.replica import VllmReplica
+from workers.rollout.pool import PoolLimits, RolloutPool
+from workers.rollout.spec import SamplingSpec
+from workers.rollout.vllm.replica import CONCURRENCY_GROUPS, VllmReplica
 from workers.sync.sync import WeightSync
 from workers.train_worker import TrainWorker
 
@@ -37,49 +42,64 @@ _KEYS = {"actor": "actor_rollout_ref.actor", "ref": "actor_rollout_ref.ref", "cr
 
 @dataclass(frozen=True, slots=True)
 class Workers:
-    """All actors of the run. train: role to the group of its ranks; roles on the same devices share one."""
+    """All actors of the run. train: role to the group of its ranks; roles on the same devices share one.
 
-    replicas: WorkerGroup
+    log: takes what the replicas say of themselves.
+    """
+
+    replicas: RolloutPool
+    log: RolloutLog
     scorers: WorkerGroup
     train: dict[str, WorkerGroup]
 
 
 def start_workers(cfg: Config, inputs: Inputs, cluster: Cluster) -> Workers:
     """Starts every actor; returns at once, while they import what they need."""
-    replicas = _start_replicas(cfg, inputs, cluster)
+    log = RolloutLog(Path(cfg.trainer.default_local_dir).resolve())
+    replicas = _start_replicas(cfg, inputs, cluster, log)
     groups: dict[tuple[int, ...], WorkerGroup] = {}
     train: dict[str, WorkerGroup] = {}
     for role, ranks in _role_ranks(cfg, len(cluster.devices)).items():
         if ranks not in groups:
             groups[ranks] = _start_ranks(cfg, cluster, ranks)
         train[role] = groups[ranks]
-    return Workers(replicas, _start_scorers(cfg, inputs), train)
+    return Workers(replicas, log, _start_scorers(cfg, inputs), train)
 
 
-def build(cfg: Config, inputs: Inputs, workers: Workers, sizes: Sizes, phases: Phases) -> Driver:
-    """Builds the engines, waits until every worker is ready, and puts the driver together."""
+def build(
+    cfg: Config, inputs: Inputs, workers: Workers, sizes: Sizes, phases: Phases, sampling: SamplingSpec
+) -> Driver:
+    """Builds the engines, waits until every worker is ready, and puts the driver together. sampling: of training."""
     timeout_s = cfg.trainer.startup_timeout_s
     for group in {id(g): g for g in workers.train.values()}.values():
         host, port = ray.get(group.actors[0].rendezvous.remote(), timeout=timeout_s)
         group.broadcast(TrainWorker.connect, host, port).result(timeout_s)
     for role, spec in _engine_specs(cfg, inputs, sizes).items():
         workers.train[role].broadcast(TrainWorker.build, role, spec).result(timeout_s)
-    workers.replicas.broadcast(VllmReplica.ping).result(timeout_s)
+    workers.replicas.ready()
     workers.scorers.broadcast(RewardWorker.ping).result(timeout_s)
-    return _driver(cfg, inputs, workers, sizes, phases)
+    return _driver(cfg, inputs, workers, sizes, phases, sampling)
 
 
-def _driver(cfg: Config, inputs: Inputs, workers: Workers, sizes: Sizes, phases: Phases) -> Driver:
+def _driver(
+    cfg: Config, inputs: Inputs, workers: Workers, sizes: Sizes, phases: Phases, sampling: SamplingSpec
+) -> Driver:
     rollout = cfg.actor_rollout_ref.rollout
     sync = WeightSync(workers.train["actor"], workers.replicas, "actor", cfg.trainer.step_timeout_s)
     sync.open(rollout.dtype, rollout.update_weights_bucket_megabytes << 20)
     order = PromptOrder(len(inputs.train), seed=cfg.data.seed, shuffle=cfg.data.shuffle)
-    sampling = sampling_spec(cfg, inputs)
     val = rollout.val_kwargs
     return Driver(
         state=TrainState(order=order, kl=kl_controller(cfg.algorithm.kl_ctrl)),
         prompts=inputs.train.prompts,
-        source=SyncSource(workers.replicas, workers.scorers, phases, timeout_s=rollout.timeout_s, seed=rollout.seed),
+        source=SyncSource(
+            workers.replicas,
+            workers.scorers,
+            phases,
+            log=workers.log,
+            timeout_s=rollout.timeout_s,
+            seed=rollout.seed,
+        ),
         actor=_actor(cfg, workers, inputs),
         reference=_reference(cfg, workers, inputs),
         critic=_critic(cfg, workers, inputs),
@@ -138,17 +158,25 @@ def _start_ranks(cfg: Config, cluster: Cluster, ranks: Sequence[int]) -> WorkerG
     return WorkerGroup("training", actors)
 
 
-def _start_replicas(cfg: Config, inputs: Inputs, cluster: Cluster) -> WorkerGroup:
+def _start_replicas(cfg: Config, inputs: Inputs, cluster: Cluster, log: RolloutLog) -> RolloutPool:
     rollout = cfg.actor_rollout_ref.rollout
     key = "actor_rollout_ref.rollout.device_mapping"
     ranks = role_devices(rollout.device_mapping, key, num_devices=len(cluster.devices))
     size = rollout.tensor_model_parallel_size
-    actors = []
-    for replica, first in enumerate(range(0, len(ranks), size)):
-        devices = [cluster.devices[r] for r in ranks[first : first + size]]
+
+    def start_one(replica: int) -> Any:
+        devices = [cluster.devices[r] for r in ranks[replica * size : (replica + 1) * size]]
         spec = rollout_spec(cfg, inputs, cluster.device_type, devices)
-        actors.append(start(VllmReplica, devices[0], spec, replica))
-    return WorkerGroup("rollout", actors)
+        return start(VllmReplica, devices[0], spec, replica, concurrency_groups=CONCURRENCY_GROUPS)
+
+    limits = PoolLimits(
+        timeout_s=rollout.timeout_s,
+        update_timeout_s=cfg.trainer.step_timeout_s,
+        startup_timeout_s=cfg.trainer.startup_timeout_s,
+        hang_timeout_s=rollout.hang_timeout_s,
+        max_replacements=rollout.max_replacements,
+    )
+    return RolloutPool(start_one, len(ranks) // size, limits=limits, observe=log.observe)
 
 
 def _start_scorers(cfg: Config, inputs: Inputs) -> WorkerGroup:

@@ -13,31 +13,33 @@ from typing import Any
 
 import numpy as np
 
-from trainer.samples import Samples
+from trainer.samples import Samples, check_complete
 from trainer.tracking.phases import Phases
+from trainer.tracking.rollout import RolloutLog
 from workers.group import Call, WorkerGroup
-from workers.protocol import Prompt, ScoreRequest, Scores, SequenceMeta
+from workers.protocol import Prompt, ScoreRequest, Scores
 from workers.reward.worker import RewardWorker
-from workers.rollout.spec import GenerateRequest, GenerateStats, SamplingSpec
-from workers.rollout.vllm.replica import VllmReplica
+from workers.rollout.calls import Chunk
+from workers.rollout.pool import RolloutPool
+from workers.rollout.spec import GenerateRequest, SamplingSpec
 
 
 class SyncSource:
-    """Generates on all replicas and scores each replica's responses as soon as they are there.
+    """Generates on all replicas and scores responses as soon as they are there, while others are still generated.
 
     It owns the replicas' memory: after a call they are asleep, until `wake_weights` and `wake_cache`.
     """
 
     def __init__(
-        self, replicas: WorkerGroup, scorers: WorkerGroup, phases: Phases, *, timeout_s: float, seed: int
+        self, pool: RolloutPool, scorers: WorkerGroup, phases: Phases, *, log: RolloutLog, timeout_s: float, seed: int
     ) -> None:
-        self._replicas = replicas
+        self._pool = pool
         self._scorers = scorers
         self._phases = phases
+        self._log = log
         self._timeout_s = timeout_s
         self._seed = seed
         self._asleep = False
-        self.peak_bytes = 0
 
     def generate(
         self,
@@ -52,46 +54,56 @@ class SyncSource:
         """Responses to the prompts, scored. seed: numbers that make this call's sampling its own.
 
         sleep: whether the replicas give their memory back afterwards (training follows).
-        phase: times "generate" and "score"; None: as phases of the step.
+        phase: times "generate" and "score" (what is left of it when the last response is there); None: as phases of
+        the step. Raises WorkerError unless every prompt has come back exactly once.
         """
         phase = phase or self._phases
-        shares = _shares(len(prompts), len(self._replicas))
         call_seed = int(np.random.SeedSequence([self._seed, *seed]).generate_state(1)[0] >> 1)
+        requests = [_request(prompts, share, sampling, call_seed) for share in _shares(len(prompts), len(self._pool))]
         with phase("generate"):
-            requests = [(_request(prompts, share, sampling, call_seed),) for share in shares]
-            call, blocks = self._replicas.scatter_with_payload(VllmReplica.generate, requests)
-            scoring = self._score(prompts, shares, blocks)  # starts by itself, block by block
-            answers: list[tuple[SequenceMeta, GenerateStats]] = call.result(self._timeout_s)
+            chunks: list[Chunk] = []
+            scores: list[Any] = []
+            for chunk in self._pool.generate(requests):
+                scores.append(self._score(chunk, prompts, len(chunks)))
+                chunks.append(chunk)
+            check_complete([c.meta for c in chunks], num_prompts=len(prompts), n=sampling.n)
             if sleep:
-                self._replicas.broadcast(VllmReplica.sleep).result(self._timeout_s)
+                self._pool.sleep()
                 self._asleep = True
         with phase("score"):
-            scores = scoring.result(self._timeout_s)
-        self.peak_bytes = max(self.peak_bytes, *(stats.peak_bytes for _, stats in answers))
-        return Samples.join(key, list(prompts), blocks, [meta for meta, _ in answers], scores)
+            scored = self._scores(scores)
+        return Samples.join(key, list(prompts), tuple(c.block for c in chunks), [c.meta for c in chunks], scored)
 
     def wake_weights(self) -> None:
         """Replicas take the memory of their weights again (before a weight sync)."""
         if self._asleep:
-            self._replicas.broadcast(VllmReplica.wake, "weights").result(self._timeout_s)
+            self._pool.wake("weights")
 
     def wake_cache(self) -> None:
         """Replicas take the memory of the KV cache again (after a weight sync)."""
         if self._asleep:
-            self._replicas.broadcast(VllmReplica.wake, "kv_cache").result(self._timeout_s)
+            self._pool.wake("kv_cache")
         self._asleep = False
 
-    def _score(self, prompts: Sequence[Prompt], shares: Sequence[range], blocks: Sequence[Any]) -> Call[Scores]:
-        refs = []
-        for number, (share, block) in enumerate(zip(shares, blocks, strict=True)):
-            chosen = [prompts[i] for i in share]
-            request = ScoreRequest(
-                data_source=tuple(p.data_source for p in chosen),
-                ground_truth=tuple(p.ground_truth for p in chosen),
-                extra_info=tuple(p.extra_info for p in chosen),
-            )
-            refs.append(self._scorers.actors[number % len(self._scorers)].score.remote(block, request))
-        return Call(self._scorers.name, RewardWorker.score.__name__, tuple(refs))
+    def take_metrics(self) -> dict[str, float]:
+        """What the replicas did since the last call, for the line of a step."""
+        metrics = self._log.take() | {"rollout/replaced": float(self._pool.take_replaced())}
+        return metrics | {"memory/rollout_peak_bytes": float(self._pool.peak_bytes)}
+
+    def _score(self, chunk: Chunk, prompts: Sequence[Prompt], number: int) -> Any:
+        """Starts to score one chunk. Its groups, in order of first use, are what its block's `prompt_of` means."""
+        chosen = [prompts[group] for group in dict.fromkeys(chunk.meta.group.tolist())]
+        request = ScoreRequest(
+            data_source=tuple(p.data_source for p in chosen),
+            ground_truth=tuple(p.ground_truth for p in chosen),
+            extra_info=tuple(p.extra_info for p in chosen),
+        )
+        return self._scorers.actors[number % len(self._scorers)].score.remote(chunk.block, request)
+
+    def _scores(self, refs: Sequence[Any]) -> list[Scores]:
+        ranks = tuple(number % len(self._scorers) for number in range(len(refs)))
+        call: Call[Scores] = Call(self._scorers.name, RewardWorker.score.__name__, tuple(refs), ranks)
+        return call.result(self._timeout_s)
 
 
 def greedy(sampling: SamplingSpec) -> SamplingSpec:

@@ -74,9 +74,11 @@ def rollout_spec(cfg: Config, inputs: Inputs, kind: DeviceType, devices: list[De
         enable_chunked_prefill=rollout.enable_chunked_prefill,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         kv_cache_gb=rollout.kv_cache_gb or (1.0 if kind == "cpu" else None),
-        sleep_level=_sleep_level(cfg, kind),
+        free_cache_engine=rollout.free_cache_engine,
+        sleep_level=rollout.sleep_level,
         load_format=rollout.load_format,
         seed=rollout.seed,
+        auto_adapt=rollout.auto_adapt,
         threads=1,  # more than one spin against the training processes on the same cores
         engine_kwargs=rollout.engine_kwargs.vllm,
     )
@@ -142,13 +144,6 @@ def _engine_spec(
         trust_remote_code=model.trust_remote_code,
         override_config=model.override_config,
     )
-
-
-def _sleep_level(cfg: Config, kind: DeviceType) -> int:
-    rollout = cfg.actor_rollout_ref.rollout
-    if kind == "cpu" or not rollout.free_cache_engine:
-        return 0
-    return 2 if rollout.sleep_level == "auto" else rollout.sleep_level
 
 
 def _sharding(fsdp: FsdpConfig) -> ShardSpec:

@@ -45,6 +45,10 @@ QUICKSTART_SEEDS = (
     Floor("seconds_total", at_most=240.0),
 )
 
+# What driver, Ray, routing and conversion may cost of generation, with the smallest model we have and short responses;
+# any larger model makes the share smaller.
+ROLLOUT = (Floor("smallest_ratio", at_least=0.90),)
+
 
 def missed(result: Mapping[str, object], floors: Sequence[Floor]) -> list[str]:
     """A line for each floor that the result misses: key, value, bound."""

@@ -35,7 +35,7 @@ MARK = "TANDEM_E2E_MARK"
 _NOT_INHERITED = ("RAY_ADDRESS", "RAY_AUTH_MODE", "PYTHONPATH", "WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL")
 _LINGERING = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """Ray 2.60's own helpers: after the driver was killed they wait a minute for a cluster that is no more, then end."""
-_VARYING = ("time/", "perf/", "memory/")
+_VARYING = ("time/", "perf/", "memory/", "rollout/")
 Record = dict[str, Any]
 T = TypeVar("T")
 

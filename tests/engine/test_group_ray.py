@@ -14,7 +14,7 @@ import ray
 
 from trainer.config.load import load_config
 from trainer.placement import Cluster, reserve, start
-from workers.group import WorkerError, WorkerGroup
+from workers.group import WorkerError, WorkerGroup, WorkerLost
 
 PAYLOAD_BYTES = 4 << 20
 TIMEOUT_S = 30.0
@@ -138,6 +138,21 @@ def test_a_dead_worker_is_named_although_another_one_complains_first(new_group: 
         group.broadcast(Worker.die_on, 1).result(TIMEOUT_S)
     with pytest.raises(WorkerError, match="trainer rank 1, ping: the worker process died"):
         group.broadcast(Worker.ping).result(TIMEOUT_S)
+
+
+def test_a_watch_ends_the_wait_and_the_error_names_the_call(group: WorkerGroup) -> None:
+    def watch() -> None:
+        raise WorkerLost("trainer", 1, "status", "hangs")
+
+    watched = WorkerGroup("trainer", group.actors, watch=watch)
+    with pytest.raises(WorkerLost, match="trainer rank 1, wait: hangs"):
+        watched.broadcast(Worker.wait, 2.5).result(TIMEOUT_S)
+
+
+def test_ranks_are_named_as_the_group_says(group: WorkerGroup) -> None:
+    part = WorkerGroup("trainer", group.actors[1:], ranks=[1])
+    with pytest.raises(WorkerError, match="trainer rank 1, fail_on"):
+        part.broadcast(Worker.fail_on, 1, 0.0).result(TIMEOUT_S)
 
 
 def test_payloads_stay_in_the_object_store(group: WorkerGroup, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,5 +66,11 @@ def test_payloads_are_kept_apart_from_answers(group: WorkerGroup) -> None:
     assert payloads == (b"\0", b"", b"\0\0")
 
 
+def test_part_of_a_group_keeps_its_ranks() -> None:
+    call = WorkerGroup("trainer", [FakeActor(), FakeActor()], ranks=[1, 3]).broadcast(Worker.add, 1)
+    assert call.ranks == (1, 3)
+    assert WorkerGroup("trainer", [FakeActor(), FakeActor()]).ranks == (0, 1)
+
+
 def test_an_empty_group_answers_at_once() -> None:
     assert WorkerGroup("nobody", []).broadcast(Worker.add, 1).result(timeout_s=0.0) == []

@@ -9,7 +9,8 @@ import pytest
 import ray
 
 from trainer import samples as module
-from trainer.samples import Samples
+from trainer.samples import Samples, check_complete
+from workers.group import WorkerError
 from workers.protocol import FloatArray, Prompt, RolloutBlock, Scores, Trajectory
 from workers.train_worker import Column, RankBatch, _collect
 
@@ -79,6 +80,18 @@ def test_a_replica_without_prompts_changes_nothing() -> None:
     given = [scores([1.0, 2.0, 3.0]), scores([6.0, 4.0, 5.0]), scores([])]
     batch = Samples.join("k", [], tuple(made), [b.meta for b in made], given)
     assert batch.rewards.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_every_response_must_have_come_exactly_once() -> None:
+    metas = [b.meta for b in blocks()]
+    check_complete(metas, num_prompts=3, n=2)
+    check_complete(metas[::-1], num_prompts=3, n=2)
+    with pytest.raises(WorkerError, match=r"3 of 6 responses .*prompt 1 sample 1 0 times, prompt 2 sample 0 0 times"):
+        check_complete(metas[:1], num_prompts=3, n=2)
+    with pytest.raises(WorkerError, match=r"3 of 6 responses .*prompt 0 sample 0 2 times"):
+        check_complete([*metas, metas[0]], num_prompts=3, n=2)
+    with pytest.raises(WorkerError, match=r"2 of 8 responses .*prompt 3 sample 0 0 times"):
+        check_complete(metas, num_prompts=4, n=2)
 
 
 def test_rows_can_be_dropped() -> None:

@@ -193,9 +193,12 @@ def quiet_console() -> Console:
 def test_new_run_empties_old_metrics_and_resume_keeps_them(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         JsonlSink(tmp_path).log(step, {"a": 1.0})
+    (tmp_path / "rollout.jsonl").write_text('{"time": 1.0}\n')
     make_tracker(config(), tmp_path, total_steps=5, resume_step=2)
+    assert (tmp_path / "rollout.jsonl").exists()
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2]
     make_tracker(config(), tmp_path, total_steps=5)
+    assert not (tmp_path / "rollout.jsonl").exists()
     assert lines(tmp_path / "metrics.jsonl") == []
 
 

@@ -213,6 +213,9 @@ class RolloutConfig(Section):
     calculate_log_probs: Literal["monitor"] | bool
     update_weights_bucket_megabytes: Positive
     timeout_s: PositiveFloat
+    hang_timeout_s: Annotated[float, Field(ge=2, allow_inf_nan=False)]
+    max_replacements: NonNegative
+    auto_adapt: bool
     engine_kwargs: EngineKwargs
     val_kwargs: ValKwargs
 

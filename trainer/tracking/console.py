@@ -42,6 +42,15 @@ def startup_table(rows: Sequence[Mapping[str, object]]) -> Table:
     return table
 
 
+def engine_table(version: str, choices: Sequence[tuple[str, str, str]]) -> Table:
+    """What was chosen for the installed vLLM: (what, value, why) of each."""
+    table = _table(f"vLLM {version}")
+    table.show_header = False
+    for what, value, why in choices:
+        table.add_row(_plain(what), _plain(value), Text(why, style="dim"))
+    return table
+
+
 def batch_table(sizes: Mapping[str, object]) -> Table:
     """The sizes that follow from the configuration, and the keys they come from: name to value."""
     table = _table("Batch sizes")

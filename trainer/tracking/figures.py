@@ -58,6 +58,11 @@ FIGURES = (
     Figure("Explained variance", "of the returns, by the critic", (("critic/explained_variance", "share"),)),
 )
 FILLERS = (
+    Figure(
+        "Rollout engines",
+        "sequences of the fullest replica",
+        (("rollout/running_max", "running"), ("rollout/waiting_max", "waiting")),
+    ),
     Figure("Throughput", "tokens per second", (("perf/tokens_per_second", "tokens/s"),)),
     Figure("Clipped", "share of tokens outside the PPO range", (("actor/clip_frac", "share"),)),
 )

@@ -18,6 +18,7 @@ from rich.console import Console
 from trainer.tracking.console import ConsoleSink, make_console
 from trainer.tracking.jsonl import JsonlSink
 from trainer.tracking.records import CompletionRow, Metrics, Sink
+from trainer.tracking.rollout import ROLLOUT_FILE
 from trainer.tracking.tensorboard import TensorBoardSink
 from trainer.tracking.wandb import WandbSink
 
@@ -86,6 +87,8 @@ def make_tracker(
     console = console or make_console()
     jsonl = JsonlSink(run_dir)
     jsonl.truncate_after(-1 if resume_step is None else resume_step)
+    if resume_step is None:
+        (run_dir / ROLLOUT_FILE).unlink(missing_ok=True)
     sinks: list[Sink] = [jsonl]
     for name in dict.fromkeys(cfg.trainer.logger):
         if name == "console":

@@ -13,7 +13,9 @@ from workers.protocol import IntArray
 class RolloutSpec:
     """How to build one replica. Sizes in tokens, memory in GiB; `kv_cache_gb` None: a share of GPU memory.
 
-    device: "cpu" or "cuda"; devices: the CUDA devices the replica may see (empty on CPU).
+    device: "cpu" or "cuda"; devices: the CUDA devices the replica may see (empty on CPU). sleep_level "auto": 2 where
+    memory is to be given back (free_cache_engine) and can be. auto_adapt: go around what the installed vLLM
+    lacks, and say so; else refuse.
     """
 
     model_path: str
@@ -32,10 +34,12 @@ class RolloutSpec:
     enable_chunked_prefill: bool
     gpu_memory_utilization: float
     kv_cache_gb: float | None
-    sleep_level: int
+    free_cache_engine: bool
+    sleep_level: Literal["auto", 0, 1, 2]
     load_format: str
     seed: int
     threads: int
+    auto_adapt: bool = True
     engine_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -82,6 +86,26 @@ class GenerateStats:
     seconds: float
     tokens: int
     peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStatus:
+    """What one replica is doing, read while it generates.
+
+    steps: engine steps since it was built; a busy replica whose steps stand still hangs. busy: a generate call is
+    under way. running, waiting: sequences being decoded, and queued. cache_use: share of the KV cache in use, 0 to 1.
+    preemptions, tokens: sequences pushed out of the cache, and tokens generated, since it was built. The last four are
+    NaN or 0 where the installed vLLM does not tell.
+    """
+
+    pid: int
+    busy: bool
+    steps: int
+    running: int
+    waiting: int
+    cache_use: float
+    preemptions: int
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from workers.group import WorkerGroup
+from workers.rollout.pool import RolloutPool
 from workers.rollout.spec import UpdateReport
 from workers.rollout.vllm.replica import VllmReplica
 from workers.sync.shm import Bucket
@@ -21,11 +23,11 @@ class SyncReport:
 
 
 class WeightSync:
-    """Publishes one role's weights. Both groups live on one node: the channel is shared memory."""
+    """Publishes one role's weights. Ranks and replicas live on one node: the channel is shared memory."""
 
-    def __init__(self, trainers: WorkerGroup, replicas: WorkerGroup, role: str, timeout_s: float) -> None:
+    def __init__(self, trainers: WorkerGroup, pool: RolloutPool, role: str, timeout_s: float) -> None:
         self._trainers = trainers
-        self._replicas = replicas
+        self._pool = pool
         self._role = role
         self._timeout_s = timeout_s
         self._num_buckets = 0
@@ -38,25 +40,30 @@ class WeightSync:
     def publish(self, version: int) -> SyncReport:
         """Gives every replica the trainers' weights of now, numbered `version`.
 
-        Raises RuntimeError unless every replica holds exactly the trainers' weights, every parameter written once.
+        A replica that is lost meanwhile is replaced, and all get them again; one that is lost later gets them too, as
+        long as they are the trainers'. Raises RuntimeError unless every replica holds exactly the trainers' weights,
+        every parameter written once.
         """
-        replicas = self._replicas.broadcast(VllmReplica.begin_update)
+        return self._pool.update(partial(self._send, version))
+
+    def _send(self, version: int, replicas: WorkerGroup) -> SyncReport:
+        ready = replicas.broadcast(VllmReplica.begin_update)
         written = self._trainers.broadcast(TrainWorker.publish_bucket, 0).result(self._timeout_s)
-        replicas.result(self._timeout_s)
+        ready.result(self._timeout_s)
         buckets: list[Bucket] = []
         for number in range(self._num_buckets):
             buckets += written
-            loading = self._replicas.broadcast(VllmReplica.load_bucket, [b.as_message() for b in written])
+            loading = replicas.broadcast(VllmReplica.load_bucket, [b.as_message() for b in written])
             if number + 1 < self._num_buckets:
                 written = self._trainers.broadcast(TrainWorker.publish_bucket, number + 1).result(self._timeout_s)
             loading.result(self._timeout_s)
-        reports = self._replicas.broadcast(VllmReplica.finish_update, version).result(self._timeout_s)
-        return _verified(buckets, reports, version)
+        reports = replicas.broadcast(VllmReplica.finish_update, version).result(self._timeout_s)
+        return _verified(buckets, dict(zip(replicas.ranks, reports, strict=True)), version)
 
 
-def _verified(buckets: list[Bucket], reports: list[UpdateReport], version: int) -> SyncReport:
+def _verified(buckets: list[Bucket], reports: dict[int, UpdateReport], version: int) -> SyncReport:
     sent = sum(b.checksum for b in buckets) % (1 << 64)
-    for rank, report in enumerate(reports):
+    for rank, report in reports.items():
         if report.checksum is not None and report.checksum != sent:
             raise RuntimeError(f"weight sync {version}: replica {rank} does not hold the trainers' weights (checksum)")
-    return SyncReport(version, reports[0].parameters, sum(b.num_bytes for b in buckets))
+    return SyncReport(version, next(iter(reports.values())).parameters, sum(b.num_bytes for b in buckets))

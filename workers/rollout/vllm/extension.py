@@ -6,6 +6,10 @@ Arguments and results are plain containers, the only things that cross vLLM's RP
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +18,8 @@ from torch import Tensor, nn
 
 from workers.sync.checksum import checksum
 from workers.sync.shm import ShmReader
+
+RELOAD = "vllm.model_executor.model_loader.reload"
 
 
 def _keep_cpu_weights() -> None:
@@ -36,12 +42,29 @@ class TandemWorkerExtension:
     """Methods reached through `collective_rpc`. One update is begin, any number of buckets, finish."""
 
     model_runner: Any
+    vllm_config: Any
+    device: Any
 
     def tandem_begin_update(self) -> None:
-        """Marks every parameter as not yet written (NaN), so that `tandem_finish_update` sees what was left out."""
+        """Marks every parameter as not yet written (NaN), so that `tandem_finish_update` sees what was left out.
+
+        Expert weights may lie in memory as a kernel wants them; vLLM (0.16 and later) puts them back for loading. Then
+        nothing can be marked, and what was left out shows in the checksum alone.
+        Raises RuntimeError for experts on a CPU, whose kernels keep copies that no reload reaches.
+        """
+        model = self.model_runner.model
+        experts = any(hasattr(module, "w13_weight") for module in model.modules())
+        if experts and not torch.cuda.is_available():
+            raise RuntimeError("weight sync: vLLM's CPU build cannot take new weights for mixture-of-experts models")
         self._tandem_reader = getattr(self, "_tandem_reader", None) or ShmReader()
         self._tandem_seen: set[str] = set()
-        for parameter in _parameters(self.model_runner.model).values():
+        self._tandem_layerwise = experts and importlib.util.find_spec(RELOAD) is not None
+        if self._tandem_layerwise:
+            with self._tandem_loading():
+                importlib.import_module(RELOAD).initialize_layerwise_reload(model)
+            return
+        _restore_loaders(model)
+        for parameter in _parameters(model).values():
             if parameter.is_floating_point():
                 parameter.fill_(float("nan"))
 
@@ -52,14 +75,20 @@ class TandemWorkerExtension:
             if name in self._tandem_seen:
                 raise RuntimeError(f"weight sync: {name} came twice in one update")
             self._tandem_seen.add(name)
-        self.model_runner.model.load_weights(iter(weights))
+        with self._tandem_loading():
+            self.model_runner.model.load_weights(iter(weights))
 
     def tandem_finish_update(self) -> dict[str, int]:
         """Checks that everything was written; returns the number of parameters received and the checksum of all held.
 
         Raises RuntimeError naming the parameters that were not written, or written in part.
         """
-        parameters = _parameters(self.model_runner.model)
+        model = self.model_runner.model
+        if self._tandem_layerwise:
+            with self._tandem_loading():
+                reload = importlib.import_module(RELOAD)
+                reload.finalize_layerwise_reload(model, self.model_runner.model_config)
+        parameters = _parameters(model)
         missing = [n for n, p in parameters.items() if p.is_floating_point() and bool(torch.isnan(p).any())]
         if missing:
             raise RuntimeError(f"weight sync: not (fully) written, or NaN: {', '.join(missing[:8])}")
@@ -68,6 +97,28 @@ class TandemWorkerExtension:
             "checksum": sum(checksum(p) for p in parameters.values()) % (1 << 64),
         }
 
+    @contextmanager
+    def _tandem_loading(self) -> Iterator[None]:
+        """What vLLM sets while it loads weights itself; only reloading layer by layer needs it."""
+        if not self._tandem_layerwise:
+            yield
+            return
+        from vllm.config import set_current_vllm_config
+
+        with set_current_vllm_config(self.vllm_config), torch.device(self.device):
+            yield
+
+    def tandem_save_buffers(self) -> None:
+        """Keeps what is not a parameter, where sleep loses it (level 2 before vLLM 0.8.5)."""
+        self._tandem_buffers = {n: b.detach().cpu().clone() for n, b in self.model_runner.model.named_buffers()}
+
+    def tandem_restore_buffers(self) -> None:
+        """Puts it back, after waking."""
+        buffers = dict(self.model_runner.model.named_buffers())
+        for name, saved in getattr(self, "_tandem_buffers", {}).items():
+            buffers[name].data.copy_(saved)
+        self._tandem_buffers = {}
+
     def tandem_seed(self, seed: int) -> None:
         """Seeds the sampler for the next generate call."""
         torch.manual_seed(seed)
@@ -75,6 +126,16 @@ class TandemWorkerExtension:
     def tandem_peak_bytes(self) -> int:
         """Largest amount of accelerator memory this worker has held (0 on CPU)."""
         return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
+def _restore_loaders(model: nn.Module) -> None:
+    """vLLM 0.8.2 to 0.8.4 makes expert weights anew after loading, without what the next loading needs of them."""
+    for module in model.modules():
+        loader = getattr(module, "weight_loader", None)
+        for name in ("w13_weight", "w2_weight"):
+            parameter = getattr(module, name, None)
+            if loader is not None and parameter is not None and not hasattr(parameter, "weight_loader"):
+                parameter.weight_loader = loader
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
