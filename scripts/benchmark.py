@@ -17,11 +17,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import quickstart, rollout, seeds
+from benchmarks import quickstart, rollout, seeds, w1
 from benchmarks.launch import RunFailed
 from rich.console import Console
 
-COMMANDS = (quickstart.COMMAND, seeds.COMMAND, rollout.COMMAND)
+COMMANDS = (quickstart.COMMAND, seeds.COMMAND, rollout.COMMAND, w1.COMMAND)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

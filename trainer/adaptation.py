@@ -29,7 +29,7 @@ def adapt(cfg: Config, inputs: Inputs, cluster: Cluster) -> Adaptation:
 
     Raises ValueError for what cannot work on it, naming the key, the version that has it, and what to do.
     """
-    can = of_installed()
+    can = of_installed(cluster.device_type)
     spec = rollout_spec(cfg, inputs, cluster.device_type, [cluster.devices[0]])
     plan = plan_engine(spec, can, os.environ)
     sampling, notice, problem = fit_sampling(sampling_spec(cfg, inputs), can, auto_adapt=spec.auto_adapt)

@@ -21,6 +21,7 @@ from trainer.scoring import RewardErrorRate
 from trainer.tracking.phases import Phases
 from trainer.tracking.records import CompletionRow
 from trainer.tracking.report import write_report
+from trainer.tracking.run_data import read_history
 from trainer.tracking.summary import write_summary
 from trainer.tracking.tracker import Tracker
 
@@ -118,7 +119,8 @@ class Session:
             seconds_to_first_step=first,
             seconds_per_phase=self.phases.totals,
         )
-        write_report(self.run_dir)
+        if read_history(self.run_dir).series:  # nothing was recorded if the first step failed
+            write_report(self.run_dir)
         self.tracker.finish(summary)
         return summary
 

@@ -87,3 +87,20 @@ def test_the_report_is_there_all_the_same(troubled_run: Outcome) -> None:
 
 def test_what_was_learned_before_the_failure_is_saved(troubled_run: Outcome) -> None:
     assert [path.name for path in troubled_run.checkpoints()] == ["step_000002"]
+
+
+def test_a_failure_in_the_first_step_is_one_message(runs: Path, task: Path) -> None:
+    """Nothing was recorded yet, so there is no report to write."""
+    function = runs / "never_reward.py"
+    function.write_text("def compute_score(*args, **kwargs):\n    raise RuntimeError('no score at all')\n")
+    outcome = run(
+        runs / "never",
+        *NO_VALIDATION,
+        "trainer.total_training_steps=2",
+        "trainer.n_gpus_per_node=1",
+        f"reward.custom_reward_function.path={function}",
+    )
+    assert outcome.status == 1, outcome.told
+    assert "raised RuntimeError: no score at all" in outcome.stderr
+    assert "Traceback" not in outcome.stderr, outcome.told
+    assert not (outcome.directory / "report.html").exists()

@@ -144,7 +144,7 @@ def test_faults_of_versions() -> None:
     assert "processed-logprobs-temperature" in of("0.10.1", "cpu")
     assert "processed-logprobs-temperature" not in of("0.10.2", "cpu")
     assert "stale-tied-lm-head" in of("0.28.0", "cpu") and "stale-tied-lm-head" not in of("0.28.0", "cuda")
-    assert "partial-wake-resumes" in of("0.24.0", "cuda") and "partial-wake-resumes" not in of("0.25.0", "cuda")
+    assert "partial-wake-resumes" in of("0.23.0", "cuda") and "partial-wake-resumes" not in of("0.24.0", "cuda")
 
 
 def test_versions_inside_ranges() -> None:

@@ -95,14 +95,14 @@ def _attention(facts: Facts) -> Iterator[Item]:
 
 
 def _allocator(facts: Facts) -> Iterator[Item]:
-    """Expandable segments and sleep mode exclude each other before 0.20."""
+    """Expandable segments and sleep mode exclude each other before 0.20.1."""
     can = facts.vllm.capabilities
     for name in _ALLOCATOR:
         value = facts.environ.get(name, "")
         asked = "expandable_segments:true" in value.lower().replace(" ", "")
         if asked and facts.device == "cuda" and can is not None and not can.expandable_segments:
-            reason = f"{name}={value} excludes sleep mode before vLLM 0.20; Tandem keeps it from vLLM {can.version}"
-            yield warning(NAME, reason, "take vLLM 0.20 or later, or", unset(name))
+            reason = f"{name}={value} excludes sleep mode before vLLM 0.20.1; Tandem keeps it from vLLM {can.version}"
+            yield warning(NAME, reason, "take vLLM 0.20.1 or later, or", unset(name))
     old, new = (facts.environ.get(name) for name in _ALLOCATOR)
     if old and new and old != new:
         reason = f"PYTORCH_CUDA_ALLOC_CONF={old} and PYTORCH_ALLOC_CONF={new}: torch reads one of them"

@@ -147,14 +147,13 @@ def _arguments(spec: RolloutSpec, can: Capabilities, rank: int) -> dict[str, Any
         "enable_chunked_prefill": spec.enable_chunked_prefill,
         "load_format": spec.load_format,
         "seed": spec.seed + rank,
+        "generation_config": "vllm",  # sampling defaults come from us, not from the checkpoint
         "disable_log_stats": True,
     }
     if can.worker_extension:
         arguments["worker_extension_cls"] = EXTENSION
     else:
         arguments["worker_cls"] = WORKER
-    if not can.v0_engine:
-        arguments["generation_config"] = "vllm"  # sampling defaults come from us, not from the checkpoint
     if "logprobs_mode" in can.engine_arguments:
         arguments["logprobs_mode"] = "processed_logprobs"
     if spec.device == "cuda":

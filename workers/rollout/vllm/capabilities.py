@@ -2,15 +2,15 @@
 
 A capability is read from the version's own fields and signatures, so a release that changed nothing needs no entry.
 `_SINCE` and `_BETWEEN` hold the few cases where the meaning changed under an unchanged signature: there, and only
-there, versions are compared. tests/vllm/test_contract.py holds every entry against the sources of every minor release.
+there, versions are compared. tests/seam/test_contract.py holds every entry against the sources of every minor release.
 Standard library and `packaging` only.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Literal
 
 from workers.rollout.vllm import installed
 from workers.rollout.vllm.installed import Sources
@@ -26,17 +26,19 @@ OLDEST, NEWEST = Version("0.7.0"), Version("0.33.0")
 
 _SINCE = {
     "v1_engine": "0.8.0",  # before: V0 is the default, and V1 has no RPC
+    "v1_engine_on_cpu": "0.9.1",
     "processed_logprobs_are_sampled": "0.10.2",  # before: taken ahead of temperature, top-k and top-p
     "sleep_keeps_buffers": "0.8.5",  # before: level 2 loses them (rotary tables)
-    "scheduler_waits_for_full_wake": "0.25.0",
-    "expandable_segments_with_sleep": "0.20.0",
+    "expandable_segments_with_sleep": "0.20.1",
     "launcher_free_of_patches": "0.7.3",
 }
 _BETWEEN = {
     "moe_loses_loaders": ("0.8.2", "0.8.5"),  # expert weights are made anew after loading, without weight_loader
     "extension_falls_back_to_v0": ("0.8.0", "0.8.2"),
-    "scheduler_wakes_with_weights": ("0.17.0", "0.25.0"),
+    "scheduler_wakes_with_weights": ("0.17.0", "0.24.0"),
 }
+
+Device = Literal["cpu", "cuda"]
 
 _CPU_WORKER, _CPU_THREADS = "v1.worker.cpu_worker", "utils.ompmultiprocessing"
 
@@ -89,22 +91,26 @@ class Capabilities:
         return self.version >= OLDEST and self.version.release[:2] <= NEWEST.release[:2]
 
 
-@lru_cache(maxsize=1)
-def of_installed() -> Capabilities:
-    """The installed version's. Raises ValueError if there is none, or it cannot be read."""
+@cache
+def of_installed(device: Device) -> Capabilities:
+    """The installed version's, on this kind of device. Raises ValueError if there is none, or it cannot be read."""
     found = installed.find()
     if found is None:
         raise ValueError("vLLM is not installed here; bash scripts/install.sh, or python scripts/diagnose.py")
-    return look_up(found.sources, Version(found.version))
+    return look_up(found.sources, Version(found.version), device)
 
 
-def look_up(sources: Sources, version: Version) -> Capabilities:
-    """The capabilities of a version with these sources. Raises ValueError if they are not those of a vLLM."""
+def look_up(sources: Sources, version: Version, device: Device = "cuda") -> Capabilities:
+    """The capabilities of a version with these sources, on this kind of device.
+
+    Raises ValueError if they are not those of a vLLM.
+    """
     arguments = sources.fields("engine.arg_utils", "EngineArgs")
     sampling = sources.fields("sampling_params", "SamplingParams")
     if not arguments or not sampling:
         raise ValueError(f"vLLM {version}: EngineArgs or SamplingParams is missing; the installation is not whole")
-    v0 = not _since("v1_engine", version) or _between("extension_falls_back_to_v0", version)
+    v1 = _since("v1_engine_on_cpu" if device == "cpu" else "v1_engine", version)
+    v0 = not v1 or _between("extension_falls_back_to_v0", version)
     return Capabilities(
         version=version,
         engine_arguments=arguments,

@@ -26,7 +26,7 @@ class VllmReplica:
     def __init__(self, spec: RolloutSpec, rank: int) -> None:
         self._rank = rank
         self._version = -1
-        can = of_installed()
+        can = of_installed(spec.device)
         self._engine = Engine(plan_engine(spec, can, os.environ, rank=rank), can)
 
     def ping(self) -> int:

@@ -153,7 +153,7 @@ def tiny_spec(model: Path, device: Literal["cpu", "cuda"]) -> RolloutSpec:
 
 def build(directory: Path, device: Literal["cpu", "cuda"]) -> Bench:
     """The tiny model and an engine on it. Raises ValueError if the settings cannot work on this version."""
-    can = of_installed()
+    can = of_installed(device)
     plan = plan_engine(tiny_spec(directory, device), can, os.environ)
     if plan.problems:
         raise ValueError("; ".join(plan.problems))
