@@ -1,7 +1,8 @@
-"""Check Tandem against many versions of vLLM:  python scripts/vllm_versions.py sources|contract|matrix [VERSION ...]
+"""Check Tandem against many versions of vLLM:  python scripts/vllm_versions.py matrix|contract|... [VERSION ...]
 
     python scripts/vllm_versions.py contract          # what the seam assumes, against the sources of every release
     python scripts/vllm_versions.py matrix            # the seam's tests, with CPU builds of other releases
+    python scripts/vllm_versions.py own-environment 0.18.1   # the same with an older build, and the PyTorch it needs
     python scripts/vllm_versions.py sources 0.33.0    # only download what `contract` reads
     python scripts/vllm_versions.py arguments         # write the table of engine arguments, from the sources
 
@@ -18,10 +19,16 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from versions import arguments as argument_table
-from versions import contract, matrix, sources
+from versions import contract, matrix, own_environment, sources
 from versions.command import VersionsError
 
-COMMANDS = (sources.COMMAND, contract.COMMAND, matrix.COMMAND, argument_table.COMMAND)
+COMMANDS = (
+    sources.COMMAND,
+    contract.COMMAND,
+    matrix.COMMAND,
+    own_environment.COMMAND,
+    argument_table.COMMAND,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

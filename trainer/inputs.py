@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,11 @@ def load_inputs(cfg: Config) -> Inputs:
         validation = PromptDataset.load(
             data, tokenizer, data.val_files, "data.val_files", max_samples=data.val_max_samples
         )
+    for key, dataset in (("data.train_files", train), ("data.val_files", validation)):
+        if dataset is not None:
+            check_vocabulary(
+                [p.token_ids for p in dataset.prompts], int(fields["vocab_size"]), key, model.tokenizer_path
+            )
     return Inputs(
         tokenizer=tokenizer,
         train=train,
@@ -111,6 +117,16 @@ def check_experts(fields: dict[str, Any], path: str) -> None:
             f"actor_rollout_ref.model.path={path}: a mixture of {experts} experts, whose weights FSDP cannot hand to "
             "vLLM yet; use a dense model"
         )
+
+
+def check_vocabulary(prompts: Sequence[Sequence[int]], vocab_size: int, key: str, tokenizer_path: str) -> None:
+    """Raises ValueError for a prompt with a token id that the model has no row for."""
+    for number, token_ids in enumerate(prompts):
+        if max(token_ids) >= vocab_size:
+            raise ValueError(
+                f"{key}: prompt {number} has token id {max(token_ids)}, outside the model's vocabulary of "
+                f"{vocab_size}; actor_rollout_ref.model.tokenizer_path={tokenizer_path} is another model's tokenizer"
+            )
 
 
 def absolute(path: str) -> str:

@@ -351,7 +351,7 @@ def test_an_exception_is_no_death(bench: Callable[..., Bench]) -> None:
 
 def test_replacements_are_limited(bench: Callable[..., Bench]) -> None:
     one = bench([], [{1: "die"}, {0: "die"}, {0: "die"}], most=2)
-    with pytest.raises(WorkerError, match=r"rollout replica 1 .*died.*max_replacements=2 in one step are used up"):
+    with pytest.raises(WorkerError, match=r"rollout replica 1 .*died.*max_replacements=2 a step"):
         one.generate()
     assert one.started == [0, 1, 1, 1]
 

@@ -176,7 +176,8 @@ def test_status_counts_while_it_generates(bench: Any) -> None:
     after = bench.engine.status()
     assert during.busy and not after.busy
     assert during.steps > before.steps
-    assert 0 < during.running <= 16 and during.waiting > 0 and 0 < during.cache_use <= 1
+    assert 0 < during.running <= 16 and during.waiting > 0
+    assert 0 < during.cache_use <= 1 or bench.can.v0_engine  # V0 does not tell
     assert after.tokens - before.tokens == sum(len(o.outputs[0].token_ids) for _, _, o in got) == 38 * 110
     assert (after.running, after.waiting) == (0, 0)
 

@@ -151,7 +151,7 @@ class RolloutPool:
         most = self.limits.max_replacements
         what = f"{self._name(lost.rank)}, {lost.call}: {_brief(lost.reason)}"
         if self._replaced >= most:
-            raise WorkerError(f"{what}. actor_rollout_ref.rollout.max_replacements={most} in one step are used up")
+            raise WorkerError(f"{what}. No more are replaced: actor_rollout_ref.rollout.max_replacements={most} a step")
         self._replaced += 1
         _log.warning(
             "warning: %s. A new one is started (%d of at most %d in this step), gets the weights, and generates what "

@@ -58,7 +58,7 @@ class Engine:
         self._runs.set()
         self._aborted = threading.Event()
         self._pending: dict[str, tuple[int, IntArray]] = {}
-        self._scheduler = _scheduler(self._engine)
+        self._scheduler = _scheduler(self._engine, can)
         self._calls = self._steps = self._tokens = self._preemptions = 0
 
     def generate(
@@ -130,16 +130,17 @@ class Engine:
     def status(self) -> ReplicaStatus:
         """What the engine is doing; cheap, and answers while it generates."""
         scheduler = self._scheduler
-        alive = list(scheduler.requests.values()) if scheduler else []
+        v1 = scheduler is not None and not self._can.v0_engine
+        written = sum(request.num_output_tokens for request in list(scheduler.requests.values())) if v1 else 0
         return ReplicaStatus(
             pid=os.getpid(),
             busy=bool(self._pending) and self._runs.is_set(),
             steps=self._steps,
             running=len(scheduler.running) if scheduler else len(self._pending),
             waiting=len(scheduler.waiting) if scheduler else 0,
-            cache_use=float(scheduler.kv_cache_manager.usage) if scheduler else float("nan"),
+            cache_use=float(scheduler.kv_cache_manager.usage) if v1 else float("nan"),
             preemptions=self._preemptions,
-            tokens=self._tokens + sum(request.num_output_tokens for request in alive),
+            tokens=self._tokens + written,
         )
 
     def _check_prompt(self, prompt: IntArray) -> None:
@@ -198,11 +199,15 @@ class Engine:
             self._engine.step()
 
 
-def _scheduler(engine: Any) -> Any:
-    """V1's scheduler, for counters only: its own statistics cost a Python call per token. None where there is none."""
-    scheduler = getattr(getattr(getattr(engine, "engine_core", None), "engine_core", None), "scheduler", None)
-    names = ("requests", "running", "waiting", "kv_cache_manager")
-    return scheduler if all(hasattr(scheduler, name) for name in names) else None
+def _scheduler(engine: Any, can: Capabilities) -> Any:
+    """The engine's scheduler, for counters only: its own statistics cost a Python call per token. None: not there."""
+    names = ["running", "waiting"]
+    if can.v0_engine:
+        found = next(iter(getattr(engine, "scheduler", [])), None)
+    else:
+        found = getattr(getattr(getattr(engine, "engine_core", None), "engine_core", None), "scheduler", None)
+        names += ["requests", "kv_cache_manager"]
+    return found if all(hasattr(found, name) for name in names) else None
 
 
 @contextmanager
