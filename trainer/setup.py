@@ -34,6 +34,7 @@ from workers.reward.worker import RewardWorker
 from workers.rollout.pool import PoolLimits, RolloutPool
 from workers.rollout.spec import SamplingSpec
 from workers.rollout.vllm.replica import CONCURRENCY_GROUPS, VllmReplica
+from workers.sync.buckets import Channel
 from workers.sync.sync import WeightSync
 from workers.train_worker import TrainWorker
 
@@ -51,6 +52,7 @@ class Workers:
     log: RolloutLog
     scorers: WorkerGroup
     train: dict[str, WorkerGroup]
+    channel: Channel
 
 
 def start_workers(cfg: Config, inputs: Inputs, cluster: Cluster) -> Workers:
@@ -63,7 +65,7 @@ def start_workers(cfg: Config, inputs: Inputs, cluster: Cluster) -> Workers:
         if ranks not in groups:
             groups[ranks] = _start_ranks(cfg, cluster, ranks)
         train[role] = groups[ranks]
-    return Workers(replicas, log, _start_scorers(cfg, inputs), train)
+    return Workers(replicas, log, _start_scorers(cfg, inputs), train, _channel(cfg, cluster))
 
 
 def build(
@@ -86,7 +88,7 @@ def _driver(
 ) -> Driver:
     rollout = cfg.actor_rollout_ref.rollout
     sync = WeightSync(workers.train["actor"], workers.replicas, "actor", cfg.trainer.step_timeout_s)
-    sync.open(rollout.dtype, rollout.update_weights_bucket_megabytes << 20)
+    sync.open(rollout.dtype, rollout.update_weights_bucket_megabytes << 20, workers.channel)
     order = PromptOrder(len(inputs.train), seed=cfg.data.seed, shuffle=cfg.data.shuffle)
     val = rollout.val_kwargs
     return Driver(
@@ -126,6 +128,15 @@ def _driver(
         ),
         phases=phases,
     )
+
+
+def _channel(cfg: Config, cluster: Cluster) -> Channel:
+    """One GPU's memory where a single training rank and every replica use the same one, else shared memory."""
+    rollout = cfg.actor_rollout_ref.rollout.device_mapping
+    generating = role_devices(rollout, "actor_rollout_ref.rollout.device_mapping", num_devices=len(cluster.devices))
+    training = _role_ranks(cfg, len(cluster.devices))["actor"]
+    same = cluster.device_type == "cuda" and len(training) == 1 and set(generating) == set(training)
+    return "cuda_ipc" if same else "shared_memory"
 
 
 def _role_ranks(cfg: Config, num_devices: int) -> dict[str, tuple[int, ...]]:

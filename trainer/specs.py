@@ -141,6 +141,7 @@ def _engine_spec(
         optimizer=optimizer,
         gradient_checkpointing=gradient_checkpointing,
         share_prompt=model.share_prompt,
+        compile=model.use_torch_compile,
         trust_remote_code=model.trust_remote_code,
         override_config=model.override_config,
     )

@@ -23,7 +23,7 @@ from workers.protocol import RolloutBlock, split
 if TYPE_CHECKING:
     from workers.batch import Batch
     from workers.engines.base import EngineSpec, Loss, MicroBatches, StepResult, TrainEngine, Update
-    from workers.sync.shm import Bucket, Shard, ShmPublisher
+    from workers.sync.buckets import Bucket, BucketWriter, Channel, Shard
 
 FlatArray = npt.NDArray[np.float32]
 
@@ -75,7 +75,7 @@ class TrainWorker:
         self._threads = threads
         self._timeout = timedelta(seconds=timeout_s)
         self._engines: dict[str, TrainEngine] = {}
-        self._publisher: ShmPublisher | None = None
+        self._publisher: BucketWriter | None = None
         self._shards: Sequence[Shard] = ()
         self._cached: tuple[str, Batch] | None = None
         self._store: Any = None
@@ -132,6 +132,7 @@ class TrainWorker:
         """Log-probs or values of this rank's response tokens: (their number, the values for the object store)."""
         local = self._batch(batch, columns)
         values = self._engines[role].forward(local, micro_batches, temperature=temperature).numpy()
+        self._release_cache()
         return len(values), values
 
     def update(
@@ -148,14 +149,15 @@ class TrainWorker:
         local = self._batch(batch, columns)
         engine = self._engines[role]
         results = [engine.train_step(local, u, loss, temperature=temperature, entropy=entropy) for u in updates]
+        self._release_cache()
         return results, self._peak_bytes()
 
-    def open_weights(self, role: str, dtype: str, bucket_bytes: int) -> int:
+    def open_weights(self, role: str, dtype: str, bucket_bytes: int, channel: Channel) -> int:
         """Gets a role's weights ready to publish; returns the number of buckets (the same on every rank)."""
-        from workers.sync.shm import ShmPublisher
+        from workers.sync.buckets import BucketWriter
 
         if self._publisher is None:
-            self._publisher = ShmPublisher(dtype, bucket_bytes)
+            self._publisher = BucketWriter(dtype, bucket_bytes, channel)
         self._shards = tuple(self._engines[role].export_weights())
         return self._publisher.num_buckets(self._shards)
 
@@ -175,6 +177,13 @@ class TrainWorker:
     def save_hf(self, role: str, directory: str) -> None:
         """Writes a Hugging Face copy of a role's model (collective)."""
         self._engines[role].save_hf(Path(directory))
+
+    def _release_cache(self) -> None:
+        """Gives cached memory back to the device: others on it wake next, and see what is free only then."""
+        if self._device_type == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
 
     def _peak_bytes(self) -> int:
         if self._device_type == "cpu":

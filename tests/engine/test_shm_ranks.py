@@ -15,17 +15,17 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from workers.engines.base import EngineSpec, Update
 from workers.engines.fsdp import FSDPEngine
+from workers.sync.buckets import Bucket, BucketReader, BucketWriter, Shard
 from workers.sync.checksum import checksum
-from workers.sync.shm import Bucket, Shard, ShmPublisher, ShmReader
 
 BUCKET_BYTES = 4096
-OPENED: dict[str, tuple[FSDPEngine, ShmPublisher, tuple[Shard, ...]]] = {}
+OPENED: dict[str, tuple[FSDPEngine, BucketWriter, tuple[Shard, ...]]] = {}
 """In a rank's process: what stays between calls, as it does in a TrainWorker."""
 
 
 def open_weights(mesh: DeviceMesh, spec: EngineSpec, dtype: str) -> int:
     """Builds the engine and a publisher; returns the number of buckets."""
-    engine, publisher = FSDPEngine(spec, mesh, CPU), ShmPublisher(dtype, BUCKET_BYTES)
+    engine, publisher = FSDPEngine(spec, mesh, CPU), BucketWriter(dtype, BUCKET_BYTES)
     OPENED["engine"] = (engine, publisher, tuple(engine.export_weights()))
     return publisher.num_buckets(OPENED["engine"][2])
 
@@ -45,7 +45,7 @@ def train_and_save(mesh: DeviceMesh, job: Job, directory: Path) -> None:
     engine.save_hf(directory)
 
 
-def receive(world: Solo | Pair, num_buckets: int, reader: ShmReader) -> tuple[dict[str, Tensor], Sequence[Bucket]]:
+def receive(world: Solo | Pair, num_buckets: int, reader: BucketReader) -> tuple[dict[str, Tensor], Sequence[Bucket]]:
     """All parameters, read bucket by bucket while the next one is being written."""
     received: dict[str, Tensor] = {}
     buckets: list[Bucket] = []
@@ -69,7 +69,7 @@ def test_the_reader_holds_exactly_the_trainers_weights(
     spec = make_spec(qwen2, optimizer=ADAMW, wrap_min_num_params=WRAP)
     (num_buckets,) = set(world.run(open_weights, spec, dtype))
     assert num_buckets > 3
-    reader = ShmReader()
+    reader = BucketReader()
     table = Table.random()
     rows = list(range(len(table)))
     job = Job(spec, table, ([rows],) if ranks == 1 else ([rows[:6]], [rows[6:]]))

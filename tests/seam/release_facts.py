@@ -185,6 +185,11 @@ def _compilation_field(name: str) -> Callable[[Release], bool]:
     return lambda release: name in release.fields("CompilationConfig", *paths)
 
 
+def _knows_its_own_sampling_defaults(release: Release) -> bool:
+    text = "".join(release.text(path) for path in release.files("config.py") + release.files("config/*.py"))
+    return bool(re.search(r'generation_config in [({]"auto", "vllm"[)}]', text))
+
+
 def _environment(name: str) -> Callable[[Release], bool]:
     return lambda release: f'"{name}":' in release.text("envs.py")
 
@@ -222,6 +227,9 @@ FACTS = (
     Fact("a CPU's cache has a size in bytes", "0.20.0", None, _reads_cache_bytes, "cpu_cache_bytes"),
     Fact("a CPU needs LD_PRELOAD", "0.18.0", "0.19.0", _refuses_to_start_without_preload, "cpu_wants_preload"),
     Fact("unbound CPU threads are called nobind", "0.11.1", None, _knows_nobind),
+    Fact(
+        'generation_config="vllm" is no path', "0.8.0", None, _knows_its_own_sampling_defaults, "own_sampling_defaults"
+    ),
     Fact("metrics can be read", "0.9.0", None, lambda r: r.parameters("LLM.get_metrics", LLM) == ([], 0)),
     Fact("V0 aborts n > 1", "0.8.0", "0.11.0", _aborts_whole_groups_v0),
 )

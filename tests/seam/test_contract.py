@@ -178,6 +178,7 @@ def test_calls_of_children_come_back_whole(release: Release) -> None:
     path = "v1/engine/output_processor.py"
     assert "final_only" in release.code("RequestState.make_request_output", path)
     assert "parent_requests" in release.code("OutputProcessor.abort_requests", path)
+    assert "self.parent_requests: dict[str, ParentRequest]" in release.code("OutputProcessor.__init__", path)
     made = release.code("RequestState.make_request_output", path) + release.code(
         "OutputProcessor.process_outputs", path
     )

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from workers.sync.buckets import Bucket, BucketReader, BucketWriter, Shard
 from workers.sync.checksum import checksum
-from workers.sync.shm import Bucket, Shard, ShmPublisher, ShmReader
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = ((7, 4), (3,), (1, 5), (2, 3, 2), (11,), (4, 4))
@@ -41,11 +41,11 @@ def shard(whole: dict[str, Tensor], rank: int, num_ranks: int) -> list[Shard]:
 def publish(whole: dict[str, Tensor], num_ranks: int, *, dtype: str, bucket_bytes: int) -> dict[str, Tensor]:
     """Everything through shared memory, in the order the driver uses: bucket k + 1 is written while k is read."""
     shards = [shard(whole, rank, num_ranks) for rank in range(num_ranks)]
-    publishers = [ShmPublisher(dtype, bucket_bytes) for _ in range(num_ranks)]
+    publishers = [BucketWriter(dtype, bucket_bytes) for _ in range(num_ranks)]
     counts = {p.num_buckets(s) for p, s in zip(publishers, shards, strict=True)}
     assert len(counts) == 1, "every rank makes the same buckets"
     number = counts.pop()
-    reader = ShmReader()
+    reader = BucketReader()
     received: dict[str, Tensor] = {}
     written = [p.write(s, 0) for p, s in zip(publishers, shards, strict=True)]
     for k in range(number):
@@ -79,15 +79,15 @@ def test_every_row_arrives_once_in_the_dtype_asked_for(
 def test_buckets_alternate_between_two_files() -> None:
     """What was read from bucket 0 stays while bucket 1 is written, and is overwritten by bucket 2."""
     whole = {f"p{i}": torch.full((3,), float(i)) for i in range(4)}
-    publisher, reader = ShmPublisher("float32", 12), ShmReader()
+    publisher, reader = BucketWriter("float32", 12), BucketReader()
     shards = shard(whole, 0, 1)
     assert publisher.num_buckets(shards) == 4
     buckets = [publisher.write(shards, number) for number in (0, 1)]
-    assert buckets[0].path != buckets[1].path
+    assert buckets[0].address != buckets[1].address
     ((_, first),) = reader.read([buckets[0].as_message()])
     ((_, second),) = reader.read([buckets[1].as_message()])
     assert (first.tolist(), second.tolist()) == ([0.0] * 3, [1.0] * 3)
-    assert publisher.write(shards, 2).path == buckets[0].path
+    assert publisher.write(shards, 2).address == buckets[0].address
     assert (first.tolist(), second.tolist()) == ([2.0] * 3, [1.0] * 3)
     ((name, third),) = reader.read([publisher.write(shards, 3).as_message()])
     assert (name, third.tolist()) == ("p3", [3.0] * 3)
@@ -96,7 +96,7 @@ def test_buckets_alternate_between_two_files() -> None:
 def test_files_grow_and_are_used_again() -> None:
     """Small, large and small buckets in the same file, over several updates."""
     whole = {"a": torch.arange(2.0), "b": torch.arange(2.0), "c": torch.arange(5000.0), "d": torch.arange(3.0)}
-    publisher, reader = ShmPublisher("float32", 16), ShmReader()
+    publisher, reader = BucketWriter("float32", 16), BucketReader()
     for version in range(3):
         for tensor in whole.values():
             tensor += version
@@ -108,12 +108,12 @@ def test_files_grow_and_are_used_again() -> None:
 
 def messages(whole: dict[str, Tensor], num_ranks: int) -> list[MESSAGE]:
     """Bucket 0 of every rank. The files stay open as long as this process has the publishers."""
-    publishers = [ShmPublisher("float32", 1 << 20) for _ in range(num_ranks)]
+    publishers = [BucketWriter("float32", 1 << 20) for _ in range(num_ranks)]
     KEPT.extend(publishers)
     return [p.write(shard(whole, rank, num_ranks), 0).as_message() for rank, p in enumerate(publishers)]
 
 
-KEPT: list[ShmPublisher] = []
+KEPT: list[BucketWriter] = []
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ KEPT: list[ShmPublisher] = []
 def test_missing_and_doubled_rows_are_errors(ranks: Sequence[int], problem: str) -> None:
     parts = messages({"w": torch.randn(7, 2)}, 2)
     with pytest.raises(RuntimeError, match=f"weight sync: .*{problem}"):
-        list(ShmReader().read([parts[rank] for rank in ranks]))
+        list(BucketReader().read([parts[rank] for rank in ranks]))
 
 
 def test_messages_are_plain_containers() -> None:
@@ -143,11 +143,11 @@ def test_messages_are_plain_containers() -> None:
 
 WRITER = """
 import sys, torch
-from workers.sync.shm import ShmPublisher
-publisher = ShmPublisher("float32", 1 << 20)
+from workers.sync.buckets import BucketWriter
+publisher = BucketWriter("float32", 1 << 20)
 shards = [("w", torch.arange(12.0).view(4, 3), (4, 3), 0)]
 bucket = publisher.write(shards, 0)
-print(bucket.path, bucket.num_bytes, flush=True)
+print(bucket.address, bucket.num_bytes, flush=True)
 sys.stdin.read()
 """
 
@@ -159,8 +159,8 @@ def test_nothing_is_left_when_the_writer_is_killed() -> None:
         assert writer.stdout is not None
         path, num_bytes = writer.stdout.readline().split()
         pieces = [["w", [4, 3], 0, 4, 0]]
-        message: MESSAGE = {"path": path, "dtype": "float32", "pieces": pieces, "num_bytes": int(num_bytes)}
-        ((_, tensor),) = ShmReader().read([message])
+        message: MESSAGE = {"address": path, "dtype": "float32", "pieces": pieces, "num_bytes": int(num_bytes)}
+        ((_, tensor),) = BucketReader().read([message])
         assert tensor.flatten().tolist() == list(range(12))
         writer.send_signal(signal.SIGKILL)
         writer.wait()
@@ -206,7 +206,7 @@ def test_buckets_carry_the_checksum_of_what_was_sent() -> None:
     for num_ranks in (1, 3):
         buckets: list[Bucket] = []
         for rank in range(num_ranks):
-            publisher, shards = ShmPublisher("bfloat16", 64), shard(whole, rank, num_ranks)
+            publisher, shards = BucketWriter("bfloat16", 64), shard(whole, rank, num_ranks)
             buckets += [publisher.write(shards, number) for number in range(publisher.num_buckets(shards))]
         assert sum(b.checksum for b in buckets) % (1 << 64) == total([t.bfloat16() for t in whole.values()])
         assert sum(b.num_bytes for b in buckets) == 2 * sum(t.numel() for t in whole.values())

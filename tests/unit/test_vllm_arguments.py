@@ -44,6 +44,7 @@ NEW = Capabilities(
     version=Version("0.32.0"),
     engine_arguments=frozenset({"kv_cache_memory_bytes", "logprobs_mode", "attention_backend", "async_scheduling"}),
     sampling_fields=frozenset({"flat_logprobs"}),
+    own_sampling_defaults=True,
     environment=frozenset(),
     v0_engine=False,
     processed_logprobs=True,
@@ -83,6 +84,7 @@ SEVEN = replace(
     v0_engine=True,
     sampled_logprobs=True,
     processed_logprobs=True,
+    own_sampling_defaults=False,
     worker_extension=False,
     wake_tags=False,
     sleep_keeps_buffers=False,
@@ -115,6 +117,15 @@ def test_a_gpu_replica() -> None:
     assert made.environment["CUDA_VISIBLE_DEVICES"] == "2,3"
     assert made.environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert (made.notices, made.problems) == ((), ())
+
+
+def test_what_keeps_the_checkpoints_sampling_defaults_out_is_a_path_before_0_8() -> None:
+    assert "generation_config" not in plan(SPEC, SEVEN).arguments
+
+
+def test_a_version_before_the_first_is_refused() -> None:
+    (problem,) = plan(SPEC, replace(SEVEN, version=Version("0.6.6"))).problems
+    assert "0.6.6 is older than 0.7.0" in problem
 
 
 def test_a_cpu_replica() -> None:

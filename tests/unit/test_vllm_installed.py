@@ -119,6 +119,12 @@ def _find(path: Path) -> str:
     return done.stdout.strip() or done.stderr.strip().splitlines()[-1]
 
 
+def test_a_file_that_broke_off_is_named(tmp_path: Path) -> None:
+    (tmp_path / "envs.py").write_text("names = (")
+    with pytest.raises(ValueError, match=r"envs in .* is not whole"):
+        Sources(tmp_path).names("envs")
+
+
 def test_absent(tmp_path: Path) -> None:
     assert _find(tmp_path) == "None"
 

@@ -92,6 +92,7 @@ class ModelConfig(Section):
     override_config: dict[str, Any]
     enable_gradient_checkpointing: bool
     share_prompt: bool
+    use_torch_compile: bool
 
 
 class OptimConfig(Section):

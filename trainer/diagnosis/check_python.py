@@ -113,7 +113,10 @@ def disk(facts: Facts) -> Iterator[Item]:
     host = facts.host
     shown = f"{host.temp} has {_gib(host.temp_free)} free of {_gib(host.temp_total)}"
     name = "disk"
-    if host.temp_total and (host.temp_free < _TEMP_WANTED or host.temp_free < 0.05 * host.temp_total):
+    if not host.temp_total:
+        reason = f"{host.temp}, where Ray puts sessions and overflow, is not there"
+        yield warning(name, reason, "make it, or name another place", Command(SHELL, "export RAY_TMPDIR=/tmp"))
+    elif host.temp_free < _TEMP_WANTED or host.temp_free < 0.05 * host.temp_total:
         remedy = "make room there, or name another place"
         yield warning(
             name, f"{shown}: Ray puts sessions and overflow there", remedy, Command(SHELL, "export RAY_TMPDIR=...")

@@ -10,6 +10,7 @@ Registered with transformers under `ATTENTION_NAME`; models get the segments as 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ class PackedLayout:
     owner: [num_tokens], which of those elements gives each packed row its output.
     rectangles: for SDPA, (number of runs, width) of each rectangle, in order; none for flash attention.
     cumulative: [num_runs + 1] int32, where each run begins. max_length: of a run.
+    rows_are_unique: no packed row is in two runs, as no prompt is shared.
     """
 
     rows: Tensor
@@ -42,6 +44,7 @@ class PackedLayout:
     rectangles: tuple[tuple[int, int], ...]
     cumulative: Tensor
     max_length: int
+    rows_are_unique: bool = False
 
 
 def prepare(segments: Segments, dtype: torch.dtype) -> PackedLayout:
@@ -52,7 +55,8 @@ def prepare(segments: Segments, dtype: torch.dtype) -> PackedLayout:
     if device.type == "cpu" or dtype == torch.float32:  # flash attention knows half precision only
         return _rectangles(segments, lengths, cumulative)
     bounds = torch.from_numpy(cumulative.astype(np.int32)).to(device, non_blocking=True)
-    return PackedLayout(segments.rows, segments.owner, (), bounds, int(lengths.max()))
+    unique = len(segments.rows) == len(segments.owner)
+    return PackedLayout(segments.rows, segments.owner, (), bounds, int(lengths.max()), rows_are_unique=unique)
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float) -> Tensor:
@@ -65,9 +69,10 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLa
         expanded = _sdpa(query, key, value, layout, scale)
     else:
         expanded = _varlen(query, key, value, layout, scale)
-    return gather_rows(expanded, layout.owner)
+    return gather_rows(expanded, layout.owner, unique=True)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def hf_attention(
     module: nn.Module,
     query: Tensor,
@@ -118,23 +123,26 @@ class _GatherRows(torch.autograd.Function):
     """x[index] along dim 0 whose backward is one pass over rows (torch's index_select adds row by row on CPU)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, index: Tensor, unique: bool) -> Tensor:
         ctx.save_for_backward(index)
         ctx.num_rows = x.shape[0]
+        ctx.unique = unique
         return x.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (index,) = ctx.saved_tensors
         (grad,) = grads
+        if ctx.unique:
+            return grad.new_zeros(ctx.num_rows, *grad.shape[1:]).index_copy_(0, index, grad), None, None
         flat = grad.reshape(grad.shape[0], math.prod(grad.shape[1:]))  # -1 would be ambiguous for no rows
         total = torch.ops.aten.embedding_dense_backward(flat, index, ctx.num_rows, -1, False)
-        return total.view(ctx.num_rows, *grad.shape[1:]), None
+        return total.view(ctx.num_rows, *grad.shape[1:]), None, None
 
 
-def gather_rows(x: Tensor, index: Tensor) -> Tensor:
-    """x[index] along dim 0, differentiable; rows may repeat."""
-    out: Tensor = _GatherRows.apply(x, index)  # type: ignore[no-untyped-call]
+def gather_rows(x: Tensor, index: Tensor, *, unique: bool = False) -> Tensor:
+    """x[index] along dim 0, differentiable. unique: no row comes twice, which makes the gradient a copy."""
+    out: Tensor = _GatherRows.apply(x, index, unique)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -184,10 +192,14 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale
 def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    repeat = query.shape[1] // key.shape[1]
-    q, k, v = (gather_rows(x, layout.rows) for x in (query, key, value))
-    k, v = (x.repeat_interleave(repeat, dim=1) if repeat > 1 else x for x in (k, v))
+    q, k, v = (gather_rows(x, layout.rows, unique=layout.rows_are_unique) for x in (query, key, value))
     bounds, longest = layout.cumulative, layout.max_length
-    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0))
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}
+    if key.shape[1] != query.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (k, v))
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
     assert isinstance(out, Tensor)
     return out

@@ -58,6 +58,7 @@ class EngineSpec:
     head: "logprobs" (a language model) or "values" (the same body with a scalar head).
     optimizer: None builds an engine that only runs forward (a reference model).
     share_prompt: compute a prompt once for all its responses in a micro-batch.
+    compile: fuse what surrounds the matrix products of each layer (torch.compile), on a GPU.
     override_config: fields of the Hugging Face config to change.
     """
 
@@ -67,6 +68,7 @@ class EngineSpec:
     optimizer: OptimizerSpec | None
     gradient_checkpointing: bool
     share_prompt: bool
+    compile: bool = False
     trust_remote_code: bool = False
     override_config: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from workers.batch import Batch, MicroBatch
 from workers.engines.attention import prepare
 from workers.engines.base import EngineSpec, Loss, MicroBatches, StepResult, Update
-from workers.engines.models import decoder_layers, load_model
+from workers.engines.models import compile_layers, decoder_layers, load_model
 from workers.engines.optimizer import begin_state, learning_rate, make_optimizer
 from workers.normalizers import Normalizers
 
@@ -37,7 +37,10 @@ class FSDPEngine:
         self._device = device
         self._group = mesh.get_group()
         torch.manual_seed(spec.seed)
-        self._module = _shard(load_model(spec), spec, mesh)
+        model = load_model(spec)
+        if spec.compile and device.type == "cuda":
+            compile_layers(model)
+        self._module = _shard(model, spec, mesh)
         self._optimizer = make_optimizer(self._module, spec.optimizer) if spec.optimizer else None
         self._num_updates = 0
 

@@ -76,6 +76,13 @@ def decoder_layers(module: nn.Module) -> list[nn.Module]:
     return max((list(x) for x in lists), key=len, default=[])
 
 
+def compile_layers(module: nn.Module) -> None:
+    """Compiles the body of every decoder layer; hooks (FSDP's) stay outside. Layers share what is compiled."""
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
+    for layer in decoder_layers(module):
+        layer.forward = torch.compile(layer.forward, dynamic=True)
+
+
 def _predicting_states(body: nn.Module, micro: MicroBatch, layout: PackedLayout) -> Tensor:
     """Hidden states that the response tokens are predicted from, [R, hidden_size]."""
     output = body(

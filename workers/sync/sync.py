@@ -9,7 +9,7 @@ from workers.group import WorkerGroup
 from workers.rollout.pool import RolloutPool
 from workers.rollout.spec import UpdateReport
 from workers.rollout.vllm.replica import VllmReplica
-from workers.sync.shm import Bucket
+from workers.sync.buckets import Bucket, Channel
 from workers.train_worker import TrainWorker
 
 
@@ -23,7 +23,7 @@ class SyncReport:
 
 
 class WeightSync:
-    """Publishes one role's weights. Ranks and replicas live on one node: the channel is shared memory."""
+    """Publishes one role's weights. All live on one node, and talk through shared memory or through one GPU's."""
 
     def __init__(self, trainers: WorkerGroup, pool: RolloutPool, role: str, timeout_s: float) -> None:
         self._trainers = trainers
@@ -32,9 +32,9 @@ class WeightSync:
         self._timeout_s = timeout_s
         self._num_buckets = 0
 
-    def open(self, dtype: str, bucket_bytes: int) -> None:
+    def open(self, dtype: str, bucket_bytes: int, channel: Channel) -> None:
         """Plans the buckets; once, after the engines are built."""
-        opened = self._trainers.broadcast(TrainWorker.open_weights, self._role, dtype, bucket_bytes)
+        opened = self._trainers.broadcast(TrainWorker.open_weights, self._role, dtype, bucket_bytes, channel)
         self._num_buckets = opened.result(self._timeout_s)[0]
 
     def publish(self, version: int) -> SyncReport:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from workers.rollout.spec import RolloutSpec, SamplingSpec
-from workers.rollout.vllm.capabilities import Capabilities, first_with
+from workers.rollout.vllm.capabilities import OLDEST, Capabilities, first_with
 
 EXTENSION = "workers.rollout.vllm.extension.TandemWorkerExtension"
 WORKER = "workers.rollout.vllm.worker.TandemWorker"
@@ -147,13 +147,14 @@ def _arguments(spec: RolloutSpec, can: Capabilities, rank: int) -> dict[str, Any
         "enable_chunked_prefill": spec.enable_chunked_prefill,
         "load_format": spec.load_format,
         "seed": spec.seed + rank,
-        "generation_config": "vllm",  # sampling defaults come from us, not from the checkpoint
         "disable_log_stats": True,
     }
     if can.worker_extension:
         arguments["worker_extension_cls"] = EXTENSION
     else:
         arguments["worker_cls"] = WORKER
+    if can.own_sampling_defaults:
+        arguments["generation_config"] = "vllm"  # sampling defaults come from us, not from the checkpoint
     if "logprobs_mode" in can.engine_arguments:
         arguments["logprobs_mode"] = "processed_logprobs"
     if spec.device == "cuda":
@@ -214,6 +215,8 @@ def _fit_environment(spec: RolloutSpec, can: Capabilities, environ: Mapping[str,
 
 def _impossible(spec: RolloutSpec, can: Capabilities) -> Iterator[str]:
     """Settings of ours that this version has no way to honour."""
+    if can.version < OLDEST:
+        yield f"vLLM {can.version} is older than {OLDEST}, the first that Tandem adapts to; install a later one"
     if spec.kv_cache_gb is not None and spec.device == "cuda" and "kv_cache_memory_bytes" not in can.engine_arguments:
         yield (
             f"{ROLLOUT}.kv_cache_gb={spec.kv_cache_gb}: vLLM {can.version} sizes its cache by a share of the GPU only; "

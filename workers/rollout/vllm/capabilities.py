@@ -27,6 +27,7 @@ OLDEST, NEWEST = Version("0.7.0"), Version("0.33.0")
 _SINCE = {
     "v1_engine": "0.8.0",  # before: V0 is the default, and V1 has no RPC
     "v1_engine_on_cpu": "0.9.1",
+    "generation_config_vllm": "0.8.0",  # before: "vllm" would be the name of a directory
     "processed_logprobs_are_sampled": "0.10.2",  # before: taken ahead of temperature, top-k and top-p
     "sleep_keeps_buffers": "0.8.5",  # before: level 2 loses them (rotary tables)
     "expandable_segments_with_sleep": "0.20.1",
@@ -48,7 +49,8 @@ class Capabilities:
     """What one version of vLLM offers.
 
     version: as installed. engine_arguments, sampling_fields: names that `LLM` and `SamplingParams` take.
-    environment: variables it reads. v0_engine: the default engine is the one before V1.
+    own_sampling_defaults: generation_config="vllm" keeps the checkpoint's sampling defaults out; earlier versions take
+    them only if asked to. environment: variables it reads. v0_engine: the default engine is the one before V1.
     processed_logprobs: log-probs can be asked for as processed; sampled_logprobs: and then are those of the
     distribution that was sampled, temperature and truncation applied. flat_logprobs: lists instead of an object per
     token. worker_extension: methods can be mixed into its worker; else a worker class of ours is needed.
@@ -65,6 +67,7 @@ class Capabilities:
     version: Version
     engine_arguments: frozenset[str]
     sampling_fields: frozenset[str]
+    own_sampling_defaults: bool
     environment: frozenset[str]
     v0_engine: bool
     processed_logprobs: bool
@@ -115,6 +118,7 @@ def look_up(sources: Sources, version: Version, device: Device = "cuda") -> Capa
         version=version,
         engine_arguments=arguments,
         sampling_fields=sampling,
+        own_sampling_defaults=_since("generation_config_vllm", version),
         environment=sources.variables("envs"),
         v0_engine=v0,
         processed_logprobs=v0 or "logprobs_mode" in arguments,

@@ -59,7 +59,8 @@ class Engine:
         self._aborted = threading.Event()
         self._pending: dict[str, tuple[int, IntArray]] = {}
         self._scheduler = _scheduler(self._engine, can)
-        self._calls = self._steps = self._tokens = self._preemptions = 0
+        self._parents = _parents(self._engine)
+        self._calls = self._steps = self._tokens = self._preemptions = self._told = 0
 
     def generate(
         self, prompts: Sequence[IntArray], groups: Sequence[int], sampling: SamplingSpec
@@ -131,7 +132,8 @@ class Engine:
         """What the engine is doing; cheap, and answers while it generates."""
         scheduler = self._scheduler
         v1 = scheduler is not None and not self._can.v0_engine
-        written = sum(request.num_output_tokens for request in list(scheduler.requests.values())) if v1 else 0
+        # within a step, a request is in none of the places for a moment: a counter does not go back for that
+        self._told = max(self._told, self._tokens + self._num_unfinished_tokens())
         return ReplicaStatus(
             pid=os.getpid(),
             busy=bool(self._pending) and self._runs.is_set(),
@@ -140,7 +142,7 @@ class Engine:
             waiting=len(scheduler.waiting) if scheduler else 0,
             cache_use=float(scheduler.kv_cache_manager.usage) if v1 else float("nan"),
             preemptions=self._preemptions,
-            tokens=self._tokens + written,
+            tokens=self._told,
         )
 
     def _check_prompt(self, prompt: IntArray) -> None:
@@ -188,11 +190,20 @@ class Engine:
         self._preemptions += max(0, self._num_waiting() - waiting)
         return [(*self._pending.pop(output.request_id), output) for output in finished]
 
+    def _num_unfinished_tokens(self) -> int:
+        """Tokens of responses that run, and of those that wait for their siblings: a request leaves as a whole."""
+        if self._scheduler is None or self._can.v0_engine:
+            return 0
+        ended = [response for parent in list(self._parents.values()) for response in list(parent.output_aggregator)]
+        running: int = sum(request.num_output_tokens for request in list(self._scheduler.requests.values()))
+        return running + sum(len(response.token_ids) for response in ended if response is not None)
+
     def _num_waiting(self) -> int:
         return len(self._scheduler.waiting) if self._scheduler else 0
 
     def _drop_all(self) -> None:
         """Ends what is pending; a step lets the scheduler let go of it."""
+        self._tokens += self._num_unfinished_tokens()  # they were generated all the same
         self._engine.abort_request(list(self._pending))
         self._pending.clear()
         while self._engine.has_unfinished_requests():
@@ -208,6 +219,12 @@ def _scheduler(engine: Any, can: Capabilities) -> Any:
         found = getattr(getattr(getattr(engine, "engine_core", None), "engine_core", None), "scheduler", None)
         names += ["requests", "kv_cache_manager"]
     return found if all(hasattr(found, name) for name in names) else None
+
+
+def _parents(engine: Any) -> dict[str, Any]:
+    """V1's requests of several responses, by name, each with those that have ended; empty where it does not tell."""
+    found: dict[str, Any] = getattr(getattr(engine, "output_processor", None), "parent_requests", {})
+    return found
 
 
 @contextmanager

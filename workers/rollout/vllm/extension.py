@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from workers.sync.buckets import BucketReader
 from workers.sync.checksum import checksum
-from workers.sync.shm import ShmReader
 
 RELOAD = "vllm.model_executor.model_loader.reload"
 
@@ -56,7 +56,7 @@ class TandemWorkerExtension:
         experts = any(hasattr(module, "w13_weight") for module in model.modules())
         if experts and not torch.cuda.is_available():
             raise RuntimeError("weight sync: vLLM's CPU build cannot take new weights for mixture-of-experts models")
-        self._tandem_reader = getattr(self, "_tandem_reader", None) or ShmReader()
+        self._tandem_reader = getattr(self, "_tandem_reader", None) or BucketReader()
         self._tandem_seen: set[str] = set()
         self._tandem_layerwise = experts and importlib.util.find_spec(RELOAD) is not None
         if self._tandem_layerwise:
@@ -77,6 +77,8 @@ class TandemWorkerExtension:
             self._tandem_seen.add(name)
         with self._tandem_loading():
             self.model_runner.model.load_weights(iter(weights))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the trainer may fill this bucket's memory again
 
     def tandem_finish_update(self) -> dict[str, int]:
         """Checks that everything was written; returns the number of parameters received and the checksum of all held.

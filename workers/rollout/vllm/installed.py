@@ -110,7 +110,10 @@ class Sources:
         return next((path for path in candidates if path.is_file()), None)
 
     def _parse(self, module: str) -> ast.Module:
-        return ast.parse(self.text(module))
+        try:
+            return ast.parse(self.text(module))
+        except SyntaxError as error:
+            raise ValueError(f"vLLM's {module} in {self._root} is not whole: {error}; install vLLM again") from error
 
     def _bodies(self, module: str, cls: str) -> Iterator[list[ast.stmt]]:
         """The class's body, then those of its bases, as far as they are found inside vLLM."""

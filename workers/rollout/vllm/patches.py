@@ -80,8 +80,10 @@ def _apply(patch: Patch, package: str) -> bool:
     cls, _, name = patch.function.rpartition(".")
     owner: Any = getattr(module, cls) if cls else module
     old: FunctionType = getattr(owner, name)
+    if getattr(old, "_tandem_patched", False):
+        return False
     tree, changed = patch.rewritten(inspect.getsource(old))
-    if not changed or getattr(old, "_tandem_patched", False):
+    if not changed:
         return False
     namespace: dict[str, Any] = {}
     code = compile(tree, inspect.getsourcefile(old) or patch.module, "exec")

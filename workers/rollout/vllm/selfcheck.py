@@ -27,7 +27,7 @@ from workers.rollout.vllm.arguments import fit_sampling, plan_engine
 from workers.rollout.vllm.capabilities import Capabilities, of_installed
 from workers.rollout.vllm.engine import Engine
 from workers.rollout.vllm.outputs import to_block
-from workers.sync.shm import ShmPublisher
+from workers.sync.buckets import BucketWriter
 
 TOLERANCE = {"cpu": 1e-4, "cuda": 3e-2}
 """Largest mean difference of log-probs: float32 on a CPU, bfloat16 on a GPU."""
@@ -83,7 +83,7 @@ class Bench:
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.02)
-        publisher = ShmPublisher("float32" if self.device == "cpu" else "bfloat16", bucket_bytes=1 << 16)
+        publisher = BucketWriter("float32" if self.device == "cpu" else "bfloat16", bucket_bytes=1 << 16)
         shards = [(n, p.detach(), tuple(p.shape), 0) for n, p in self.model.named_parameters()]
         self.engine.rpc("tandem_begin_update")
         sent = 0

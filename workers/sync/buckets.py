@@ -1,22 +1,24 @@
-"""Weights through shared memory: every training rank writes its own rows, every replica reads them all.
+"""Weights in buckets: every training rank writes its own rows, every replica reads them all.
 
 Nothing is gathered: dim-0 shards are contiguous, so a reader puts a parameter together from the rows of each rank.
-The memory is an anonymous file (memfd) that other processes of the same user reach through /proc, so nothing is left
-behind however a process dies. Buckets alternate between two files: one is filled while the other is read.
+Buckets alternate between two buffers: one is filled while the other is read. A buffer is shared memory
+(`SharedFile`), or memory of a GPU that both sides use (`DeviceBuffer`).
 """
 
 from __future__ import annotations
 
-import mmap
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from workers.sync.checksum import checksum
+from workers.sync.memory import DeviceBuffer, SharedFile, open_device_buffer, open_shared_file
+
+Channel = Literal["shared_memory", "cuda_ipc"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +34,9 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """One rank's share of one bucket. path: the file; dtype: torch dtype name; checksum: of the pieces' bits."""
+    """A rank's share of one bucket. address: of its buffer; dtype: torch dtype name; checksum: of the pieces' bits."""
 
-    path: str
+    address: str | bytes
     dtype: str
     pieces: tuple[Piece, ...]
     num_bytes: int
@@ -43,21 +45,25 @@ class Bucket:
     def as_message(self) -> dict[str, object]:
         """Plain containers only: what may cross vLLM's RPC in every version."""
         pieces = [[p.name, list(p.shape), p.first_row, p.num_rows, p.offset] for p in self.pieces]
-        return {"path": self.path, "dtype": self.dtype, "pieces": pieces, "num_bytes": self.num_bytes}
+        return {"address": self.address, "dtype": self.dtype, "pieces": pieces, "num_bytes": self.num_bytes}
 
 
 Shard = tuple[str, Tensor, tuple[int, ...], int]
 """HF name, this rank's rows, full shape, first row (what TrainEngine.export_weights yields)."""
 
 
-class ShmPublisher:
-    """Writes buckets of one rank's parameters into two alternating files."""
+class BucketWriter:
+    """Writes buckets of one rank's parameters into two alternating buffers."""
 
-    def __init__(self, dtype: str, bucket_bytes: int) -> None:
+    def __init__(self, dtype: str, bucket_bytes: int, channel: Channel = "shared_memory") -> None:
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._dtype_name = dtype
         self._bucket_bytes = bucket_bytes
-        self._files = (_SharedFile("tandem-weights-0"), _SharedFile("tandem-weights-1"))
+        self._buffers: tuple[SharedFile | DeviceBuffer, ...]
+        if channel == "cuda_ipc":
+            self._buffers = (DeviceBuffer(), DeviceBuffer())
+        else:
+            self._buffers = (SharedFile("tandem-weights-0"), SharedFile("tandem-weights-1"))
 
     def num_buckets(self, shards: Sequence[Shard]) -> int:
         """How many buckets the parameters make; the same on every rank, as it follows from full shapes."""
@@ -68,8 +74,8 @@ class ShmPublisher:
         chosen = self._plan(shards)[number]
         itemsize = self._dtype.itemsize
         total = sum(shards[i][1].numel() for i in chosen) * itemsize
-        file = self._files[number % 2]
-        memory = file.view(total)
+        buffer = self._buffers[number % 2]
+        memory = buffer.view(total)
         pieces: list[Piece] = []
         bits = 0
         offset = 0
@@ -80,7 +86,8 @@ class ShmPublisher:
             bits += checksum(target)
             pieces.append(Piece(name, shape, first_row, local.shape[0], offset))
             offset += local.numel() * itemsize
-        return Bucket(file.path, self._dtype_name, tuple(pieces), total, bits % (1 << 64))
+        buffer.finish()
+        return Bucket(buffer.address, self._dtype_name, tuple(pieces), total, bits % (1 << 64))
 
     def _plan(self, shards: Sequence[Shard]) -> list[list[int]]:
         buckets: list[list[int]] = [[]]
@@ -95,11 +102,11 @@ class ShmPublisher:
         return buckets
 
 
-class ShmReader:
-    """Reads buckets; keeps the files it has seen mapped."""
+class BucketReader:
+    """Reads buckets; keeps the buffers it has seen mapped."""
 
     def __init__(self) -> None:
-        self._maps: dict[tuple[str, int], Tensor] = {}
+        self._maps: dict[tuple[str | bytes, int], Tensor] = {}
 
     def read(self, messages: Sequence[dict[str, object]]) -> Iterator[tuple[str, Tensor]]:
         """(HF name, full tensor) of every parameter in a bucket, from all ranks' messages (`Bucket.as_message`).
@@ -110,7 +117,7 @@ class ShmReader:
         shapes: dict[str, tuple[int, ...]] = {}
         for message in messages:
             dtype: torch.dtype = getattr(torch, str(message["dtype"]))
-            memory = self._map(str(message["path"]), int(message["num_bytes"]))  # type: ignore[call-overload]
+            memory = self._map(message["address"], int(message["num_bytes"]))  # type: ignore[call-overload,arg-type]
             for name, shape, first_row, num_rows, offset in message["pieces"]:  # type: ignore[attr-defined]
                 rows = (num_rows, *shape[1:])
                 size = int(np.prod(rows)) * dtype.itemsize
@@ -119,34 +126,16 @@ class ShmReader:
         for name, pieces in parts.items():
             yield name, _join(name, shapes[name], sorted(pieces, key=lambda piece: piece[0]))
 
-    def _map(self, path: str, num_bytes: int) -> Tensor:
+    def _map(self, address: str | bytes, num_bytes: int) -> Tensor:
         if num_bytes == 0:
             return torch.empty(0, dtype=torch.uint8)
-        key = (path, num_bytes)
+        key = (address, num_bytes)
         if key not in self._maps:
-            descriptor = os.open(path, os.O_RDWR)
-            try:
-                memory = mmap.mmap(descriptor, num_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-            finally:
-                os.close(descriptor)
-            self._maps[key] = torch.frombuffer(memory, dtype=torch.uint8)
+            if isinstance(address, bytes):
+                self._maps[key] = open_device_buffer(address)[:num_bytes]
+            else:
+                self._maps[key] = open_shared_file(address, num_bytes)
         return self._maps[key]
-
-
-class _SharedFile:
-    """An anonymous file that grows to what is asked of it."""
-
-    def __init__(self, name: str) -> None:
-        self._descriptor = os.memfd_create(name)
-        self._memory: Tensor | None = None
-        self.path = f"/proc/{os.getpid()}/fd/{self._descriptor}"
-
-    def view(self, num_bytes: int) -> Tensor:
-        """uint8 view of the first `num_bytes`."""
-        if self._memory is None or len(self._memory) < num_bytes:
-            os.ftruncate(self._descriptor, max(num_bytes, 1))
-            self._memory = torch.frombuffer(mmap.mmap(self._descriptor, max(num_bytes, 1)), dtype=torch.uint8)
-        return self._memory[:num_bytes]
 
 
 def _join(name: str, shape: tuple[int, ...], pieces: list[tuple[int, Tensor]]) -> Tensor:

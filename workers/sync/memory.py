@@ -1,0 +1,75 @@
+"""Memory that one process writes and others read: an anonymous file, or a GPU's memory by CUDA IPC."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import pickle
+
+import torch
+from torch import Tensor
+
+
+class SharedFile:
+    """An anonymous file (memfd) that grows to what is asked of it.
+
+    Other processes of the same user reach it through /proc, and nothing is left behind however a process dies.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._descriptor = os.memfd_create(name)
+        self._memory: Tensor | None = None
+        self.address = f"/proc/{os.getpid()}/fd/{self._descriptor}"
+
+    def view(self, num_bytes: int) -> Tensor:
+        """uint8 view of the first `num_bytes`."""
+        if self._memory is None or len(self._memory) < num_bytes:
+            os.ftruncate(self._descriptor, max(num_bytes, 1))
+            self._memory = torch.frombuffer(mmap.mmap(self._descriptor, max(num_bytes, 1)), dtype=torch.uint8)
+        return self._memory[:num_bytes]
+
+    def finish(self) -> None:
+        """What was written can be read as it is."""
+
+
+def open_shared_file(address: str, num_bytes: int) -> Tensor:
+    """The first bytes of another process's `SharedFile`, uint8."""
+    descriptor = os.open(address, os.O_RDWR)
+    try:
+        memory = mmap.mmap(descriptor, num_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+    finally:
+        os.close(descriptor)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+class DeviceBuffer:
+    """Memory of this process's GPU that grows to what is asked of it; processes on the same GPU can map it."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8, device="cuda")
+        self.address = b""
+
+    def view(self, num_bytes: int) -> Tensor:
+        """uint8 view of the first `num_bytes`."""
+        if len(self._memory) < num_bytes:
+            self._memory = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
+            self.address = _handle(self._memory)
+        return self._memory[:num_bytes]
+
+    def finish(self) -> None:
+        """Waits until all is written: the reader's GPU work knows nothing of this process's."""
+        torch.cuda.synchronize()
+
+
+def open_device_buffer(address: bytes) -> Tensor:
+    """Another process's whole `DeviceBuffer`, uint8. Both processes must see the GPU under the same number."""
+    rebuild, arguments = pickle.loads(address)
+    memory: Tensor = rebuild(*arguments)
+    return memory
+
+
+def _handle(memory: Tensor) -> bytes:
+    """What torch.multiprocessing would send to another process, as plain bytes."""
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    return pickle.dumps(reduce_tensor(memory))
