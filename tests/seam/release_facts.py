@@ -207,7 +207,7 @@ FACTS = (
     Fact("V1 can report what it samples", "0.10.2", None, _v1_samples_what_it_reports),
     Fact("model runner V2 can report what it samples", "0.12.0", None, _second_runner_does_too),
     Fact("level-2 sleep keeps buffers", "0.8.5", None, _keeps_buffers, "sleep_keeps_buffers"),
-    Fact("expert weights are made anew", "0.8.2", "0.8.5", _makes_experts_anew, "moe_loses_loaders"),
+    Fact("expert weights are made anew", "0.8.2", "0.8.5", _makes_experts_anew),
     Fact("expert weights are made anew for TRTLLM kernels", "0.16.0", "0.20.0", _makes_trtllm_experts_anew),
     Fact("a partial wake resumes the scheduler", "0.17.0", "0.24.0", _resumes_at_once, "wakes_scheduler_early"),
     Fact("memory wakes by tag", "0.8.3", None, _takes("LLM.wake_up", "tags"), "wake_tags"),

@@ -312,3 +312,9 @@ def test_a_check_that_fails_does_not_end_the_others(tmp_path: Path) -> None:
 
 def test_host_defaults_are_not_a_machine() -> None:
     assert Host().memory_total == 0
+
+
+def test_a_vllm_that_no_transformers_serves_together_with_tandem(tmp_path: Path) -> None:
+    facts = with_packages(server(tmp_path, "0.9.2"), transformers="4.57.6")
+    (item,) = [item for item in check_packages.frameworks(facts) if item.name == "transformers"]
+    assert item.verdict == BROKEN and "no release is both" in item.reason and "take another vLLM" in item.told()

@@ -153,3 +153,26 @@ def test_versions_inside_ranges() -> None:
     assert not versions.inside("0.10.2", "<0.8.5"), "as text it would be"
     assert versions.inside("0.33.0.dev1", ">=0.33"), "a build on the way to a release is judged as that"
     assert versions.inside("not a version", "<1")
+
+
+@pytest.mark.parametrize("release", DATABASE.releases, ids=lambda release: release.vllm)
+def test_some_transformers_serves_vllm_and_tandem(release: database.Release) -> None:
+    """But for 0.9, whose configurations clash with transformers 4.54 and later: diagnose says to take another."""
+    serves = versions.overlap(release.transformers, DATABASE.tandem["transformers"])
+    assert serves == (Version(release.vllm).release[:2] != (0, 9))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "overlap"),
+    [
+        (">=4.56", "<4.54,>=4.51.1", False),
+        (">=4.56", ">=4.48.2,<5", True),
+        (">=4.56", ">=5.5.3", True),
+        (">=4.56", "==4.56.0", True),
+        ("<5", "<4", True),
+        ("", ">=1", True),
+        (">=2,<3", ">=3", False),
+    ],
+)
+def test_overlap(one: str, other: str, overlap: bool) -> None:
+    assert versions.overlap(one, other) is versions.overlap(other, one) is overlap

@@ -54,7 +54,6 @@ NEW = Capabilities(
     wake_tags=True,
     wakes_scheduler_early=False,
     sleep_keeps_buffers=True,
-    moe_loses_loaders=False,
     layerwise_reload=True,
     cpu_gemm_dispatch=True,
     cpu_unbound="nobind",
@@ -190,6 +189,7 @@ def test_cache_size_on_a_gpu_before_it_could_be_given() -> None:
 def test_leftover_choice_of_engine_is_removed(value: str, can: Capabilities) -> None:
     """diagnose tells; each version's default engine is the one that works."""
     assert plan(SPEC, can, VLLM_USE_V1=value).environment["VLLM_USE_V1"] is None
+    assert "unset VLLM_USE_V1" in plan(replace(SPEC, auto_adapt=False), can, VLLM_USE_V1=value).problems[0]
 
 
 def test_attention_variable_becomes_an_argument_where_it_is_not_read() -> None:

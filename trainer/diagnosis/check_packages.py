@@ -52,6 +52,9 @@ def _one(name: str, facts: Facts) -> Item | None:
     both = ",".join(part for part in (ours, theirs) if part)
     if found is None:
         return None
+    if name == "transformers" and not versions.overlap(ours, theirs):
+        reason = f"{found}: Tandem needs {ours} and vLLM {facts.vllm.version} {theirs}: no release is both"
+        return broken(name, reason, f"take another vLLM, such as {database.load().releases[-1].vllm}")
     if ours and not versions.inside(found, ours):
         return broken(name, f"{found}: Tandem needs {ours}", "", pip("install", f"{name}{ours}"))
     if theirs and not versions.inside(found, theirs):

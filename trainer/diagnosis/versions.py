@@ -82,6 +82,13 @@ def inside(text: str, wanted: str) -> bool:
     return found is None or specifier(wanted).contains(found, prereleases=True)
 
 
+def overlap(one: str, other: str) -> bool:
+    """Whether some version lies in both ranges: then the larger of their lower bounds does."""
+    lower = (">=", "==", "~=")
+    bounds = [part.version.replace(".*", "") for part in (*specifier(one), *specifier(other)) if part.operator in lower]
+    return not bounds or any(inside(bound, one) and inside(bound, other) for bound in bounds)
+
+
 def requirement(line: str) -> Requirement | None:
     """A line of Requires-Dist, None where it is not for this machine (or cannot be read)."""
     modules = _packaging()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from workers.group import WorkerGroup
+from workers.group import WorkerError, WorkerGroup
 from workers.rollout.pool import RolloutPool
 from workers.rollout.spec import UpdateReport
 from workers.rollout.vllm.replica import VllmReplica
@@ -41,7 +41,7 @@ class WeightSync:
         """Gives every replica the trainers' weights of now, numbered `version`.
 
         A replica that is lost meanwhile is replaced, and all get them again; one that is lost later gets them too, as
-        long as they are the trainers'. Raises RuntimeError unless every replica holds exactly the trainers' weights,
+        long as they are the trainers'. Raises WorkerError unless every replica holds exactly the trainers' weights,
         every parameter written once.
         """
         return self._pool.update(partial(self._send, version))
@@ -65,5 +65,5 @@ def _verified(buckets: list[Bucket], reports: dict[int, UpdateReport], version: 
     sent = sum(b.checksum for b in buckets) % (1 << 64)
     for rank, report in reports.items():
         if report.checksum is not None and report.checksum != sent:
-            raise RuntimeError(f"weight sync {version}: replica {rank} does not hold the trainers' weights (checksum)")
+            raise WorkerError(f"weight sync {version}: replica {rank} does not hold the trainers' weights (checksum)")
     return SyncReport(version, next(iter(reports.values())).parameters, sum(b.num_bytes for b in buckets))

@@ -198,6 +198,9 @@ def _fit_cache(spec: RolloutSpec, can: Capabilities) -> Iterator[_Fit]:
 
 def _fit_environment(spec: RolloutSpec, can: Capabilities, environ: Mapping[str, str]) -> Iterator[_Fit]:
     """What variables of the user's mean on this version."""
+    leftover = environ.get("VLLM_USE_V1")
+    if leftover is not None and not spec.auto_adapt:  # else diagnose tells, which the program runs at its start
+        yield _Fit(f"VLLM_USE_V1={leftover}: Tandem runs the default engine of vLLM {can.version}; unset VLLM_USE_V1")
     backend = environ.get("VLLM_ATTENTION_BACKEND")
     read_by_vllm = "VLLM_ATTENTION_BACKEND" in can.environment
     if backend and not read_by_vllm and can.attention_argument and "attention_backend" not in spec.engine_kwargs:

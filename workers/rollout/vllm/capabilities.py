@@ -34,7 +34,6 @@ _SINCE = {
     "launcher_free_of_patches": "0.7.3",
 }
 _BETWEEN = {
-    "moe_loses_loaders": ("0.8.2", "0.8.5"),  # expert weights are made anew after loading, without weight_loader
     "extension_falls_back_to_v0": ("0.8.0", "0.8.2"),
     "scheduler_wakes_with_weights": ("0.17.0", "0.24.0"),
 }
@@ -55,7 +54,7 @@ class Capabilities:
     distribution that was sampled, temperature and truncation applied. flat_logprobs: lists instead of an object per
     token. worker_extension: methods can be mixed into its worker; else a worker class of ours is needed.
     wake_tags: weights and KV cache can wake apart. wakes_scheduler_early: waking the weights alone lets requests run.
-    sleep_keeps_buffers: level 2 restores what is not a parameter. moe_loses_loaders: see above.
+    sleep_keeps_buffers: level 2 restores what is not a parameter.
     layerwise_reload: weights that were laid out anew can be loaded.
     cpu_gemm_dispatch: the CPU build packs linear weights, by a function that can be replaced. cpu_unbound: its word for
     threads that are not bound to cores. cpu_cache_bytes: it takes the cache's size in bytes, not in GiB only.
@@ -77,7 +76,6 @@ class Capabilities:
     wake_tags: bool
     wakes_scheduler_early: bool
     sleep_keeps_buffers: bool
-    moe_loses_loaders: bool
     layerwise_reload: bool
     cpu_gemm_dispatch: bool
     cpu_unbound: str
@@ -128,7 +126,6 @@ def look_up(sources: Sources, version: Version, device: Device = "cuda") -> Capa
         wake_tags="tags" in (sources.parameters("entrypoints.llm", "LLM.wake_up") or ()),
         wakes_scheduler_early=_between("scheduler_wakes_with_weights", version),
         sleep_keeps_buffers=_since("sleep_keeps_buffers", version),
-        moe_loses_loaders=_between("moe_loses_loaders", version),
         layerwise_reload=sources.has_module("model_executor.model_loader.reload"),
         cpu_gemm_dispatch="dispatch_cpu_unquantized_gemm" in sources.names("model_executor.layers.utils"),
         cpu_unbound="nobind" if any("nobind" in sources.text(m) for m in (_CPU_WORKER, _CPU_THREADS)) else "all",

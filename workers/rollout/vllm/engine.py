@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -49,7 +50,9 @@ class Engine:
             if can.needs_patches:
                 patches.apply()
             self._llm = LLM(**plan.arguments)
-        self._engine = cast(Any, self._llm.llm_engine)  # V0's or V1's
+        self._engine = cast(Any, self._llm.llm_engine)
+        if ".v1." not in type(self._engine).__module__:  # 0.8 to 0.10 fall back to V0 by themselves
+            self._can = can = replace(can, v0_engine=True)
         # V0 asserts that it can sleep; V1 takes the call as it is where there is no memory to give back
         self._sleeps = not can.v0_engine or bool(plan.arguments.get("enable_sleep_mode"))
         config = self._engine.get_model_config() if can.v0_engine else self._engine.model_config
@@ -112,8 +115,12 @@ class Engine:
             self.rpc("tandem_restore_buffers")
 
     def forget_prefixes(self) -> None:
-        """Empties the prefix cache: what it holds was computed with other weights."""
-        self._llm.reset_prefix_cache()
+        """Empties the prefix cache: what it holds was computed with other weights.
+
+        Raises RuntimeError if vLLM keeps it, as it does while requests use it.
+        """
+        if self._llm.reset_prefix_cache() is False:  # some versions answer nothing
+            raise RuntimeError("vLLM did not empty its prefix cache, which was computed with other weights")
 
     def pause(self) -> None:
         """Holds generation before its next step, until `resume`."""
