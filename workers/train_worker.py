@@ -10,7 +10,7 @@ import os
 import resource
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,6 +117,7 @@ class TrainWorker:
 
         mesh = init_device_mesh(self._device_type, (self._world_size,))
         device = torch.device(self._device_type)
+        spec = replace(spec, compile=spec.compile and self._device_type == "cuda")
         engine = FSDPEngine(spec, mesh, device)
         self._engines[role] = engine
         return sum(int(np.prod(shape)) for _, _, shape, _ in engine.export_weights())

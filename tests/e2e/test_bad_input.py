@@ -37,10 +37,13 @@ def refused_together(directory: Path, cases: Mapping[str, Sequence[str]]) -> dic
 
 def test_more_devices_than_ray_has(tmp_path: Path, task: Path) -> None:
     cases = {
-        "gpu": ["trainer.device=cuda", "trainer.n_gpus_per_node=8"],
+        "build": ["trainer.device=cuda"],
+        "gpu": ["trainer.device=cuda", "trainer.n_gpus_per_node=8", "actor_rollout_ref.rollout.auto_adapt=false"],
         "cpu": ["trainer.device=cpu", "trainer.n_gpus_per_node=512"],
     }
     told = refused_together(tmp_path, cases)
+    for part in ("+cpu is a CPU build", "trainer.device=cpu", "scripts/diagnose.py"):
+        assert part in told["build"]
     for part in ("trainer.n_gpus_per_node=8", "GPU", "trainer.device=cpu"):
         assert part in told["gpu"]
     assert "set trainer.n_gpus_per_node=0" not in told["gpu"], "that would not help"

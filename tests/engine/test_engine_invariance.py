@@ -75,6 +75,11 @@ WAYS = [
         {"wrap_min_num_params": WRAP, "gradient_checkpointing": True, "share_prompt": False},
     ),
     Way(
+        "two ranks, layers wrapped, compiled, gradient checkpointing",
+        [[[0, 1], [4, 5]], [[2, 3, 6, 7], [8, 9, 10, 11]]],
+        {"wrap_min_num_params": WRAP, "gradient_checkpointing": True, "compile": True},
+    ),
+    Way(
         "two ranks, not resharded",
         [[ALL[:5]], [ALL[5:]]],
         {"wrap_min_num_params": WRAP, "reshard_after_forward": False},

@@ -63,7 +63,8 @@ def torch_build(facts: Facts) -> Iterator[Item]:
         yield broken("torch", reason, "", *_install_torch(facts))
         return
     if facts.device == "cuda" and torch.device == "cpu":
-        yield broken("torch", f"{torch.version} is a CPU build, and the run is to use CUDA", "", _CUDA_BUILD)
+        reason = f"{torch.version} is a CPU build, and the run is to use CUDA"
+        yield broken("torch", reason, "train with trainer.device=cpu, or", _CUDA_BUILD)
         return
     pin = _pin(facts)
     if pin and versions.available() and not _equal(torch.version, pin):

@@ -58,7 +58,7 @@ class EngineSpec:
     head: "logprobs" (a language model) or "values" (the same body with a scalar head).
     optimizer: None builds an engine that only runs forward (a reference model).
     share_prompt: compute a prompt once for all its responses in a micro-batch.
-    compile: fuse what surrounds the matrix products of each layer (torch.compile), on a GPU.
+    compile: fuse what surrounds the matrix products of each layer (torch.compile).
     override_config: fields of the Hugging Face config to change.
     """
 

@@ -38,7 +38,7 @@ class FSDPEngine:
         self._group = mesh.get_group()
         torch.manual_seed(spec.seed)
         model = load_model(spec)
-        if spec.compile and device.type == "cuda":
+        if spec.compile:
             compile_layers(model)
         self._module = _shard(model, spec, mesh)
         self._optimizer = make_optimizer(self._module, spec.optimizer) if spec.optimizer else None
