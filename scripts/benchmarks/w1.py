@@ -27,7 +27,11 @@ PROMPT_WORDS = 1000
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A decoder's shape, Qwen2 style, and the work done with it. Lengths in tokens."""
+    """A decoder's shape, Qwen2 style, and the work done with it. Lengths in tokens.
+
+    groups_per_micro_batch: responses to so many prompts are trained on together. recompute: activations, as they do
+    not fit otherwise.
+    """
 
     hidden: int
     intermediate: int
@@ -40,6 +44,13 @@ class Shape:
     samples: int = 8
     prompt_length: int = 256
     response_length: int = 1024
+    groups_per_micro_batch: int = 4
+    recompute: bool = False
+
+    @property
+    def budget(self) -> int:
+        """Tokens of a micro-batch; whole groups, as a prompt is shared within one."""
+        return self.groups_per_micro_batch * (self.prompt_length + self.samples * self.response_length)
 
     @property
     def num_tokens(self) -> int:
@@ -64,7 +75,7 @@ class Shape:
 SHAPES = {
     "0.5b": Shape(896, 4864, 24, 14, 2, 151_936, True),
     "1.5b": Shape(1536, 8960, 28, 12, 2, 151_936, True),
-    "7b": Shape(3584, 18_944, 28, 28, 4, 152_064, False),
+    "7b": Shape(3584, 18_944, 28, 28, 4, 152_064, False, groups_per_micro_batch=2, recompute=True),
     "tiny": Shape(128, 256, 2, 4, 2, 1024, True, prompts=4, samples=4, prompt_length=8, response_length=16),
 }
 
@@ -76,7 +87,6 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=4, help="training steps; the first is not counted")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--sampler-logprobs", action="store_true", help="of every response, not of one in eight")
-    parser.add_argument("--budget", type=int, default=16_384, help="tokens of a micro-batch (default: %(default)s)")
 
 
 def run(options: Namespace, console: Console) -> int:
@@ -103,7 +113,6 @@ def overrides(shape: Shape, model: Path, options: Namespace) -> list[str]:
     """The configuration of the run."""
     rollout, actor = "actor_rollout_ref.rollout", "actor_rollout_ref.actor"
     tiny = options.shape == "tiny"
-    longest = shape.prompt_length + shape.response_length
     return [
         f"actor_rollout_ref.model.path={model}",
         f"actor_rollout_ref.model.tokenizer_path={model / 'tokenizer'}",
@@ -112,7 +121,8 @@ def overrides(shape: Shape, model: Path, options: Namespace) -> list[str]:
         f"data.max_response_length={shape.response_length}",
         f"data.train_batch_size={shape.prompts}",
         f"{actor}.ppo_mini_batch_size={shape.prompts}",
-        f"{actor}.ppo_max_token_len_per_gpu={max(options.budget, longest)}",
+        f"{actor}.ppo_max_token_len_per_gpu={shape.budget}",
+        f"actor_rollout_ref.model.enable_gradient_checkpointing={shape.recompute}",
         f"{actor}.use_kl_loss=true",
         f"{actor}.fsdp_config.dtype={'float32' if tiny else 'bfloat16'}",
         f"{rollout}.dtype={'float32' if tiny else 'bfloat16'}",
@@ -121,6 +131,7 @@ def overrides(shape: Shape, model: Path, options: Namespace) -> list[str]:
         f"{rollout}.max_num_seqs={shape.prompts * shape.samples}",
         f"{rollout}.max_num_batched_tokens={max(8192, shape.prompts * shape.samples)}",
         f"{rollout}.enforce_eager={options.eager}",
+        f"{rollout}.gpu_memory_utilization=0.4",
         f"{rollout}.calculate_log_probs={'true' if options.sampler_logprobs else 'monitor'}",
         *([f"{rollout}.kv_cache_gb=0.0625"] if tiny else []),
         "algorithm.adv_estimator=grpo",
