@@ -13,31 +13,19 @@ A new subcommand is a module in scripts/benchmarks/ with a `COMMAND`, and a line
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from benchmarks import quickstart, rollout, seeds, w1
 from benchmarks.launch import RunFailed
-from rich.console import Console
+from subcommands import run_one
 
 COMMANDS = (quickstart.COMMAND, seeds.COMMAND, rollout.COMMAND, w1.COMMAND)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status: 0 done, 1 a run failed or, with --check, a floor was missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    subparsers = parser.add_subparsers(required=True, metavar="|".join(command.name for command in COMMANDS))
-    for command in COMMANDS:
-        subparser = subparsers.add_parser(command.name, help=command.help, description=command.help)
-        command.add_options(subparser)
-        subparser.set_defaults(run=command.run)
-    options = parser.parse_args(arguments)
-    try:
-        return int(options.run(options, Console(highlight=False)))
-    except RunFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run_one(COMMANDS, arguments, description=__doc__, error=RunFailed, status=1)
 
 
 if __name__ == "__main__":

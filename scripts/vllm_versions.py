@@ -13,11 +13,10 @@ A new subcommand is a module in scripts/versions/ with a `COMMAND`, and a line i
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
+from subcommands import run_one
 from versions import arguments as argument_table
 from versions import contract, matrix, own_environment, sources
 from versions.command import VersionsError
@@ -33,18 +32,7 @@ COMMANDS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status: 0 all well, 1 a version failed, 2 nothing could be done."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    subparsers = parser.add_subparsers(required=True, metavar="|".join(command.name for command in COMMANDS))
-    for command in COMMANDS:
-        subparser = subparsers.add_parser(command.name, help=command.help, description=command.help)
-        command.add_options(subparser)
-        subparser.set_defaults(run=command.run)
-    options = parser.parse_args(arguments)
-    try:
-        return int(options.run(options, Console(highlight=False)))
-    except VersionsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_one(COMMANDS, arguments, description=__doc__, error=VersionsError, status=2)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import shutil
 import subprocess
 import sys
 import time
-from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from argparse import ArgumentParser
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,6 @@ LOG = "console.log"
 
 class RunFailed(Exception):
     """The program ended with an error."""
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """A subcommand of scripts/benchmark.py. run: returns the exit status."""
-
-    name: str
-    help: str
-    add_options: Callable[[ArgumentParser], None]
-    run: Callable[[Namespace, Console], int]
 
 
 def add_common_options(parser: ArgumentParser, *, out: str) -> None:

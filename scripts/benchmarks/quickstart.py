@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from subcommands import Command
 
 from . import floors, launch
 from .measure import combine, measure
@@ -64,4 +65,4 @@ def table(result: dict[str, Any]) -> Table:
     return shown
 
 
-COMMAND = launch.Command("quickstart", "seconds per step of the quick start, by phase, and start-up", add_options, run)
+COMMAND = Command("quickstart", "seconds per step of the quick start, by phase, and start-up", add_options, run)

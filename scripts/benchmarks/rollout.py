@@ -21,6 +21,7 @@ import ray
 import torch
 from rich.console import Console
 from rich.table import Table
+from subcommands import Command
 
 from workers.protocol import IntArray
 from workers.rollout.pool import PoolLimits, RolloutPool
@@ -165,4 +166,4 @@ def table(result: dict[str, Any]) -> Table:
     return shown
 
 
-COMMAND = launch.Command("rollout", "our path of generation against a bare LLM.generate", add_options, run)
+COMMAND = Command("rollout", "our path of generation against a bare LLM.generate", add_options, run)

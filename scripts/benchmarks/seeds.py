@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from subcommands import Command
 
 from trainer.tracking.report import learning_curve_svg
 from trainer.tracking.run_data import History
@@ -86,4 +87,4 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-COMMAND = launch.Command("quickstart-seeds", "accuracy for several seeds, and the learning curve", add_options, run)
+COMMAND = Command("quickstart-seeds", "accuracy for several seeds, and the learning curve", add_options, run)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from subcommands import Command
 
 from . import launch
 from .measure import MEMORY, WORK, phase_seconds
@@ -237,4 +238,4 @@ def table(result: dict[str, Any]) -> Table:
     return shown
 
 
-COMMAND = launch.Command("w1", "one GRPO step at real scale on one GPU, phase by phase", add_options, run)
+COMMAND = Command("w1", "one GRPO step at real scale on one GPU, phase by phase", add_options, run)

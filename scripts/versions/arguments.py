@@ -9,11 +9,12 @@ import json
 from argparse import ArgumentParser, Namespace
 
 from rich.console import Console
+from subcommands import Command
 
 from workers.rollout.vllm.installed import Sources
 
 from . import releases
-from .command import ROOT, Command, VersionsError
+from .command import ROOT, VersionsError
 from .sources import available, directory
 
 TABLE = ROOT / "workers" / "rollout" / "vllm" / "engine_arguments.json"

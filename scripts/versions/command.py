@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import os
-from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-
-from rich.console import Console
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "vllm"
@@ -16,16 +11,6 @@ CACHE = ROOT / ".cache" / "vllm"
 
 class VersionsError(Exception):
     """Something the user has to know: the message says what and what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """A subcommand. run: returns the exit status."""
-
-    name: str
-    help: str
-    add_options: Callable[[ArgumentParser], None]
-    run: Callable[[Namespace, Console], int]
 
 
 def python_path(*directories: Path) -> dict[str, str]:

@@ -7,9 +7,10 @@ import sys
 from argparse import ArgumentParser, Namespace
 
 from rich.console import Console
+from subcommands import Command
 
 from . import releases, sources
-from .command import ROOT, Command, python_path
+from .command import ROOT, python_path
 
 TEST = "tests/seam/test_contract.py"
 

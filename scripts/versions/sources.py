@@ -11,9 +11,10 @@ from pathlib import Path
 from zipfile import BadZipFile
 
 from rich.console import Console
+from subcommands import Command
 
 from . import index, releases, remote
-from .command import CACHE, Command, VersionsError
+from .command import CACHE, VersionsError
 
 SOURCES = CACHE / "sources"
 THREADS = 8

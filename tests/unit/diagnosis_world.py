@@ -6,13 +6,14 @@ import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from packaging.version import Version
 
 from trainer.diagnosis.distributions import Damage, Distribution
 from trainer.diagnosis.facts import GIB, Extension, Facts, Gpu, Gpus, Host, Torch, Vllm
+from trainer.diagnosis.items import Item
 from workers.rollout.vllm.capabilities import Capabilities, look_up
 from workers.rollout.vllm.installed import Sources
 
@@ -150,3 +151,19 @@ def diagnose(
         text=True,
         timeout=60,
     )
+
+
+def told(items: Sequence[Item]) -> str:
+    """Everything the items say, a line each."""
+    return "\n".join(f"{item.verdict} {item.name}: {item.reason} -> {item.told()}" for item in items)
+
+
+def only(items: Sequence[Item]) -> Item:
+    """The one item there is."""
+    (item,) = items
+    return item
+
+
+def with_vllm(facts: Facts, **changes: object) -> Facts:
+    """The same facts with another vLLM."""
+    return dataclasses.replace(facts, vllm=dataclasses.replace(facts.vllm, **changes))  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from subcommands import Command
 
 from scripts.benchmarks import floors, launch, quickstart, seeds
 from scripts.benchmarks.measure import combine, measure, phase_seconds, spread
@@ -155,7 +156,7 @@ class Launches:
         return launch.Finished("python -m trainer.main", self.run_dir, history, summary, 0.1)
 
 
-def call(command: launch.Command, *arguments: str) -> tuple[int, str]:
+def call(command: Command, *arguments: str) -> tuple[int, str]:
     """Exit status and what was printed."""
     parser = ArgumentParser()
     command.add_options(parser)

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from diagnosis_world import HEALTHY, distributions, laptop, server, with_packages, write_distribution
+from diagnosis_world import (
+    HEALTHY,
+    distributions,
+    laptop,
+    only,
+    server,
+    told,
+    with_packages,
+    with_vllm,
+    write_distribution,
+)
 
 from trainer.diagnosis import check_gpu, check_packages, check_python, checks
 from trainer.diagnosis.distributions import Distribution
 from trainer.diagnosis.facts import GIB, Extension, Facts, Gpu, Gpus, Host, Torch
 from trainer.diagnosis.items import BROKEN, OK, WARNING, Item
-
-
-def told(items: Sequence[Item]) -> str:
-    return "\n".join(f"{item.verdict} {item.name}: {item.reason} -> {item.told()}" for item in items)
-
-
-def only(items: Sequence[Item]) -> Item:
-    (item,) = items
-    return item
-
-
-def with_vllm(facts: Facts, **changes: object) -> Facts:
-    return dataclasses.replace(facts, vllm=dataclasses.replace(facts.vllm, **changes))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("machine", [laptop, server])

@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from diagnosis_world import distributions, laptop, with_packages
+from diagnosis_world import distributions, laptop, only, told, with_packages, with_vllm
 
 from trainer.diagnosis import check_vllm, checks
 from trainer.diagnosis.distributions import Damage
-from trainer.diagnosis.facts import Extension, Facts, Vllm
-from trainer.diagnosis.items import BROKEN, OK, WARNING, Item
-
-
-def told(items: Sequence[Item]) -> str:
-    return "\n".join(f"{item.verdict} {item.name}: {item.reason} -> {item.told()}" for item in items)
-
-
-def only(items: Sequence[Item]) -> Item:
-    (item,) = items
-    return item
-
-
-def with_vllm(facts: Facts, **changes: object) -> Facts:
-    return dataclasses.replace(facts, vllm=dataclasses.replace(facts.vllm, **changes))  # type: ignore[arg-type]
+from trainer.diagnosis.facts import Extension, Vllm
+from trainer.diagnosis.items import BROKEN, OK, WARNING
 
 
 def test_no_vllm(tmp_path: Path) -> None:
