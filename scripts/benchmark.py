@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py quickstart --check          # seconds per step, where they go, start-up: 1-2 minutes
     python scripts/benchmark.py rollout --check             # generation against a bare LLM.generate: 1 minute
+    python scripts/benchmark.py w1                          # real scale on one GPU; w1 --help tells its parts
     python scripts/benchmark.py quickstart-seeds --svg docs/images/learning_curve.svg    # three seeds
 
 Run it from the installed environment, on a machine with nothing else to do. Each subcommand starts the program as a

@@ -28,12 +28,13 @@ from trainer.plan import show_plan
 from trainer.scoring import RewardErrorRate
 from trainer.session import Interrupted, Session, command_line
 from trainer.setup import build, start_workers
+from trainer.shortage import explain
 from trainer.specs import Sizes, sizes
 from trainer.tracking.console import make_console
 from trainer.tracking.phases import Phases
 from trainer.tracking.summary import write_atomically
 from trainer.tracking.tracker import make_tracker
-from workers.group import WorkerError
+from workers.group import WorkerError, WorkerOutOfMemory
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 
@@ -80,6 +81,9 @@ def run(cfg: Config, notices: Sequence[str]) -> int:
     except KeyboardInterrupt:
         complain("interrupted; the same command starts again, from the last checkpoint if there is one")
         return INTERRUPTED
+    except WorkerOutOfMemory as error:
+        complain("\n".join([explain(cfg, error), *getattr(error, "__notes__", ())]))
+        return FAILED
     except (WorkerError, RewardErrorRate, checkpoint.CheckpointError) as error:
         complain("\n".join([str(error), *getattr(error, "__notes__", ())]))
         return FAILED

@@ -94,7 +94,7 @@ class Session:
             writers["critic"] = driver.critic.save
         if "hf_model" in cfg.actor_rollout_ref.actor.checkpoint.save_contents:
             writers["hf_model"] = self._save_hf
-        with self.phases("checkpoint"):
+        with self.phases("checkpoint"), driver.source.aside():
             return checkpoint.write(
                 self.run_dir / "checkpoints",
                 driver.state.step,

@@ -19,10 +19,11 @@ from trainer.data.order import PromptOrder
 from trainer.driver import Cadence, Driver, validation_sampling
 from trainer.evaluation import Evaluation
 from trainer.inputs import Inputs
+from trainer.memory import TrainingMemory
 from trainer.placement import Cluster, start
 from trainer.roles import AbsentRole, Passes, Role, TrainRole, UpdateSettings
 from trainer.sources import SyncSource
-from trainer.specs import Sizes, actor_spec, critic_spec, reference_spec, rollout_spec
+from trainer.specs import Sizes, actor_spec, critic_spec, offloads, reference_spec, rollout_spec
 from trainer.state import TrainState
 from trainer.tracking.phases import Phases
 from trainer.tracking.rollout import RolloutLog
@@ -45,27 +46,35 @@ _KEYS = {"actor": "actor_rollout_ref.actor", "ref": "actor_rollout_ref.ref", "cr
 class Workers:
     """All actors of the run. train: role to the group of its ranks; roles on the same devices share one.
 
-    log: takes what the replicas say of themselves.
+    beside: the groups on devices that replicas use too. log: takes what the replicas say of themselves.
     """
 
     replicas: RolloutPool
     log: RolloutLog
     scorers: WorkerGroup
     train: dict[str, WorkerGroup]
+    beside: tuple[WorkerGroup, ...]
     channel: Channel
+
+    @property
+    def groups(self) -> tuple[WorkerGroup, ...]:
+        """The groups of training ranks, each once."""
+        return tuple({id(group): group for group in self.train.values()}.values())
 
 
 def start_workers(cfg: Config, inputs: Inputs, cluster: Cluster) -> Workers:
     """Starts every actor; returns at once, while they import what they need."""
     log = RolloutLog(Path(cfg.trainer.default_local_dir).resolve())
-    replicas = _start_replicas(cfg, inputs, cluster, log)
+    replicas = start_replicas(cfg, inputs, cluster, log)
     groups: dict[tuple[int, ...], WorkerGroup] = {}
     train: dict[str, WorkerGroup] = {}
     for role, ranks in _role_ranks(cfg, len(cluster.devices)).items():
         if ranks not in groups:
             groups[ranks] = _start_ranks(cfg, cluster, ranks)
         train[role] = groups[ranks]
-    return Workers(replicas, log, _start_scorers(cfg, inputs), train, _channel(cfg, cluster))
+    generating = set(_rollout_ranks(cfg, len(cluster.devices)))
+    beside = tuple(group for ranks, group in groups.items() if generating & set(ranks))
+    return Workers(replicas, log, _start_scorers(cfg, inputs), train, beside, _channel(cfg, cluster))
 
 
 def build(
@@ -73,18 +82,44 @@ def build(
 ) -> Driver:
     """Builds the engines, waits until every worker is ready, and puts the driver together. sampling: of training."""
     timeout_s = cfg.trainer.startup_timeout_s
-    for group in {id(g): g for g in workers.train.values()}.values():
+    for group in workers.groups:
         host, port = ray.get(group.actors[0].rendezvous.remote(), timeout=timeout_s)
         group.broadcast(TrainWorker.connect, host, port).result(timeout_s)
     for role, spec in _engine_specs(cfg, inputs, sizes).items():
-        workers.train[role].broadcast(TrainWorker.build, role, spec).result(timeout_s)
-    workers.replicas.ready()
+        workers.train[role].broadcast(TrainWorker.prepare, role, spec).result(timeout_s)
+    workers.replicas.ready()  # they size their caches by what is free: training stays off the devices until then
+    source = _source(cfg, workers, phases)
+    source.sleep()  # as during training; the first weight sync wakes them
+    for role, offload in offloads(cfg).items():
+        if role in workers.train:
+            workers.train[role].broadcast(TrainWorker.place, role, offload).result(timeout_s)
     workers.scorers.broadcast(RewardWorker.ping).result(timeout_s)
-    return _driver(cfg, inputs, workers, sizes, phases, sampling)
+    return _driver(cfg, inputs, workers, source, sizes, phases, sampling)
+
+
+def _source(cfg: Config, workers: Workers, phases: Phases) -> SyncSource:
+    rollout = cfg.actor_rollout_ref.rollout
+    memory = TrainingMemory(workers.groups, workers.beside, timeout_s=cfg.trainer.step_timeout_s)
+    workers.replicas.make_room = memory.make_room
+    return SyncSource(
+        workers.replicas,
+        workers.scorers,
+        phases,
+        log=workers.log,
+        memory=memory,
+        timeout_s=rollout.timeout_s,
+        seed=rollout.seed,
+    )
 
 
 def _driver(
-    cfg: Config, inputs: Inputs, workers: Workers, sizes: Sizes, phases: Phases, sampling: SamplingSpec
+    cfg: Config,
+    inputs: Inputs,
+    workers: Workers,
+    source: SyncSource,
+    sizes: Sizes,
+    phases: Phases,
+    sampling: SamplingSpec,
 ) -> Driver:
     rollout = cfg.actor_rollout_ref.rollout
     sync = WeightSync(workers.train["actor"], workers.replicas, "actor", cfg.trainer.step_timeout_s)
@@ -94,14 +129,7 @@ def _driver(
     return Driver(
         state=TrainState(order=order, kl=kl_controller(cfg.algorithm.kl_ctrl)),
         prompts=inputs.train.prompts,
-        source=SyncSource(
-            workers.replicas,
-            workers.scorers,
-            phases,
-            log=workers.log,
-            timeout_s=rollout.timeout_s,
-            seed=rollout.seed,
-        ),
+        source=source,
         actor=_actor(cfg, workers, inputs),
         reference=_reference(cfg, workers, inputs),
         critic=_critic(cfg, workers, inputs),
@@ -132,11 +160,15 @@ def _driver(
 
 def _channel(cfg: Config, cluster: Cluster) -> Channel:
     """One GPU's memory where a single training rank and every replica use the same one, else shared memory."""
-    rollout = cfg.actor_rollout_ref.rollout.device_mapping
-    generating = role_devices(rollout, "actor_rollout_ref.rollout.device_mapping", num_devices=len(cluster.devices))
+    generating = _rollout_ranks(cfg, len(cluster.devices))
     training = _role_ranks(cfg, len(cluster.devices))["actor"]
     same = cluster.device_type == "cuda" and len(training) == 1 and set(generating) == set(training)
     return "cuda_ipc" if same else "shared_memory"
+
+
+def _rollout_ranks(cfg: Config, num_devices: int) -> tuple[int, ...]:
+    mapping = cfg.actor_rollout_ref.rollout.device_mapping
+    return role_devices(mapping, "actor_rollout_ref.rollout.device_mapping", num_devices=num_devices)
 
 
 def _role_ranks(cfg: Config, num_devices: int) -> dict[str, tuple[int, ...]]:
@@ -163,16 +195,17 @@ def _start_ranks(cfg: Config, cluster: Cluster, ranks: Sequence[int]) -> WorkerG
             cluster.devices[device].local_index,
             threads,
             cfg.trainer.step_timeout_s,
+            cfg.trainer.full_determinism,
         )
         for rank, device in enumerate(ranks)
     ]
     return WorkerGroup("training", actors)
 
 
-def _start_replicas(cfg: Config, inputs: Inputs, cluster: Cluster, log: RolloutLog) -> RolloutPool:
+def start_replicas(cfg: Config, inputs: Inputs, cluster: Cluster, log: RolloutLog) -> RolloutPool:
+    """Starts the replicas alone; returns at once."""
     rollout = cfg.actor_rollout_ref.rollout
-    key = "actor_rollout_ref.rollout.device_mapping"
-    ranks = role_devices(rollout.device_mapping, key, num_devices=len(cluster.devices))
+    ranks = _rollout_ranks(cfg, len(cluster.devices))
     size = rollout.tensor_model_parallel_size
 
     def start_one(replica: int) -> Any:

@@ -6,13 +6,14 @@ they start generating, not in what they return.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from trainer.memory import TrainingMemory
 from trainer.samples import Samples, check_complete
 from trainer.tracking.phases import Phases
 from trainer.tracking.rollout import RolloutLog
@@ -27,19 +28,29 @@ from workers.rollout.spec import GenerateRequest, SamplingSpec
 class SyncSource:
     """Generates on all replicas and scores responses as soon as they are there, while others are still generated.
 
-    It owns the replicas' memory: after a call they are asleep, until `wake_weights` and `wake_cache`.
+    It owns the replicas' memory: after a call they are asleep, until `wake_weights` and `wake_cache`. memory: of the
+    training ranks, which make room before replicas wake.
     """
 
     def __init__(
-        self, pool: RolloutPool, scorers: WorkerGroup, phases: Phases, *, log: RolloutLog, timeout_s: float, seed: int
+        self,
+        pool: RolloutPool,
+        scorers: WorkerGroup,
+        phases: Phases,
+        *,
+        log: RolloutLog,
+        memory: TrainingMemory,
+        timeout_s: float,
+        seed: int,
     ) -> None:
         self._pool = pool
         self._scorers = scorers
         self._phases = phases
         self._log = log
+        self._memory = memory
         self._timeout_s = timeout_s
         self._seed = seed
-        self._asleep = False
+        self._asleep: dict[str, int] | None = None
 
     def generate(
         self,
@@ -68,26 +79,44 @@ class SyncSource:
                 chunks.append(chunk)
             check_complete([c.meta for c in chunks], num_prompts=len(prompts), n=sampling.n)
             if sleep:
-                self._pool.sleep()
-                self._asleep = True
+                self.sleep()
         with phase("score"):
             scored = self._scores(scores)
         return Samples.join(key, list(prompts), tuple(c.block for c in chunks), [c.meta for c in chunks], scored)
 
+    def sleep(self, *, keep_weights: bool = False) -> None:
+        """Replicas give their memory back. keep_weights: in host memory, where no weight sync follows."""
+        if self._asleep is None:
+            self._asleep = self._pool.sleep(keep_weights=keep_weights)
+
     def wake_weights(self) -> None:
         """Replicas take the memory of their weights again (before a weight sync)."""
-        if self._asleep:
+        if self._asleep is not None:
+            self._memory.make_room(self._asleep["weights"])
             self._pool.wake("weights")
 
     def wake_cache(self) -> None:
         """Replicas take the memory of the KV cache again (after a weight sync)."""
-        if self._asleep:
+        if self._asleep is not None:
+            self._memory.make_room(self._asleep["kv_cache"])
             self._pool.wake("kv_cache")
-        self._asleep = False
+        self._asleep = None
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, training may need all it has: awake replicas sleep meanwhile if they leave no room for that."""
+        if self._asleep is not None or not self._memory.is_crowded():
+            yield
+            return
+        self.sleep(keep_weights=True)
+        yield
+        self.wake_weights()
+        self.wake_cache()
 
     def take_metrics(self) -> dict[str, float]:
-        """What the replicas did since the last call, for the line of a step."""
+        """What the replicas did, and what happened to memory, since the last call, for the line of a step."""
         metrics = self._log.take() | {"rollout/replaced": float(self._pool.take_replaced())}
+        metrics |= self._memory.take_metrics(self._pool.take_peaks())
         return metrics | {"memory/rollout_peak_bytes": float(self._pool.peak_bytes)}
 
     def _score(self, chunk: Chunk, prompts: Sequence[Prompt], number: int) -> Any:

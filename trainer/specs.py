@@ -10,6 +10,7 @@ from trainer.data.order import steps_per_epoch
 from trainer.inputs import Inputs, absolute
 from trainer.placement import Device, DeviceType
 from workers.engines.base import EngineSpec, OptimizerSpec, ShardSpec
+from workers.memory import Offload
 from workers.rollout.spec import RolloutSpec, SamplingSpec
 
 _MASTER_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -79,6 +80,7 @@ def rollout_spec(cfg: Config, inputs: Inputs, kind: DeviceType, devices: list[De
         load_format=rollout.load_format,
         seed=rollout.seed,
         auto_adapt=rollout.auto_adapt,
+        deterministic=cfg.trainer.full_determinism,
         threads=1,  # more than one spin against the training processes on the same cores
         engine_kwargs=rollout.engine_kwargs.vllm,
     )
@@ -123,6 +125,16 @@ def critic_spec(cfg: Config, sizes: Sizes) -> EngineSpec:
     )
 
 
+def offloads(cfg: Config) -> dict[str, dict[str, Offload]]:
+    """When the parts of each role's engine leave the device."""
+    actor, ref, critic = cfg.actor_rollout_ref.actor.fsdp_config, cfg.actor_rollout_ref.ref.fsdp_config, cfg.critic.fsdp
+    return {
+        "actor": {"weights": actor.param_offload, "optimizer": actor.optimizer_offload},
+        "ref": {"weights": ref.param_offload},
+        "critic": {"weights": critic.param_offload, "optimizer": critic.optimizer_offload},
+    }
+
+
 def _engine_spec(
     cfg: Config,
     model_path: str,
@@ -130,7 +142,7 @@ def _engine_spec(
     head: Literal["logprobs", "values"],
     sharding: ShardSpec,
     optimizer: OptimizerSpec | None,
-    gradient_checkpointing: bool,
+    gradient_checkpointing: bool | Literal["auto"],
 ) -> EngineSpec:
     """With what every role takes from actor_rollout_ref.model."""
     model = cfg.actor_rollout_ref.model

@@ -39,11 +39,14 @@ class Segments:
         appear once per response).
     lengths: run lengths, on the host.
     owner: [num_tokens] int64, for each packed row the place in `rows` whose attention output is its own.
+    borrowed: for each run (first row, number of rows) of the prompt it begins with, where an earlier run has computed
+        it; number 0 where it has its own. The rows of a run that are not borrowed follow those of the run before.
     """
 
     rows: Tensor
     lengths: tuple[int, ...]
     owner: Tensor
+    borrowed: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +130,12 @@ class Batch:
             return np.zeros(0, dtype=np.int64)
         return np.concatenate([np.arange(self._starts[r], self._starts[r + 1]) for r in rows])
 
+    def packed_tokens(self, rows: Sequence[int], *, share_prompt: bool) -> int:
+        """Number of tokens `micro_batch` packs these sequences into."""
+        before = [None, *(int(self.group[row]) for row in rows)] if share_prompt else [None] * len(rows)
+        own = (len(self.prompts[row]) for row, last in zip(rows, before, strict=False) if last != self.group[row])
+        return max(1, sum(own) + sum(max(0, int(self.lengths[row]) - 1) for row in rows))
+
     def micro_batch(
         self, rows: Sequence[int], norm: Normalizers, *, share_prompt: bool, device: torch.device
     ) -> MicroBatch:
@@ -149,6 +158,7 @@ class _Packer:
         self._positions: list[IndexArray] = []
         self._segment_rows: list[IndexArray] = []
         self._owner: list[IndexArray] = []
+        self._borrowed: list[tuple[int, int]] = []
         self._predictor: list[IndexArray] = []
         self._targets: list[npt.NDArray[np.int32]] = []
         self._sequence: list[IndexArray] = []
@@ -167,6 +177,7 @@ class _Packer:
         segment = np.concatenate([self._prompt_rows, tail])
         self._segment_rows.append(segment)
         first_own = 0 if new_prompt else len(prompt)
+        self._borrowed.append((int(self._prompt_rows[0]) if len(prompt) else 0, first_own))
         self._owner.append(np.arange(first_own, len(segment)) + self._expanded)
         self._expanded += len(segment)
         if len(response):
@@ -189,6 +200,7 @@ class _Packer:
             rows=_tensor(self._segment_rows, device),
             lengths=tuple(len(s) for s in self._segment_rows),
             owner=_tensor(self._owner, device),
+            borrowed=tuple(self._borrowed),
         )
         return MicroBatch(
             input_ids=_tensor(self._ids, device),

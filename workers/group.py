@@ -14,6 +14,8 @@ from typing import Any, Generic, TypeVar
 import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError
 
+from workers.shortage import OutOfMemory, Shortage
+
 T = TypeVar("T")
 
 WATCH_EVERY_S = 1.0
@@ -37,6 +39,26 @@ class WorkerLost(WorkerError):
         self.rank = rank
         self.call = call
         self.reason = reason
+
+
+class WorkerOutOfMemory(WorkerError):
+    """A device had no memory left for a call; the worker lives. `shortage`: the figures."""
+
+    def __init__(self, group: str, rank: int, shortage: Shortage) -> None:
+        super().__init__(f"{group} rank {rank}, {shortage.call}: {shortage.told}")
+        self.rank = rank
+        self.shortage = shortage
+
+
+def failure(group: str, rank: int, call: str, cause: Exception) -> WorkerError:
+    """What went wrong in a worker, as one error."""
+    if isinstance(cause, DEATHS):
+        return WorkerLost(group, rank, call, f"the worker process died: {cause}")
+    if isinstance(cause, RayTaskError):
+        if isinstance(cause.cause, OutOfMemory):
+            return WorkerOutOfMemory(group, rank, cause.cause.shortage)
+        return WorkerError(f"{group} rank {rank}, {call}: {cause}")
+    return WorkerError(f"{group} rank {rank}, {call}: {type(cause).__name__}: {cause}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +94,8 @@ class Call(Generic[T]):
                 try:
                     results[ref] = ray.get(ref)
                 except Exception as error:
-                    raise self._explain(*self._cause(ref, error)) from error
+                    rank, cause = self._cause(ref, error)
+                    raise failure(self.group, rank, self.method, cause) from error
         return [results[ref] for ref in self.refs]
 
     def _patience(self, deadline: float) -> float:
@@ -97,14 +120,6 @@ class Call(Generic[T]):
             f"{self.group} {names}, {self.method}: no answer within {timeout_s:.0f} s "
             "(worker alive, still busy or waiting)"
         )
-
-    def _explain(self, rank: int, cause: Exception) -> WorkerError:
-        where = f"{self.group} rank {rank}, {self.method}"
-        if isinstance(cause, DEATHS):
-            return WorkerLost(self.group, rank, self.method, f"the worker process died: {cause}")
-        if isinstance(cause, RayTaskError):
-            return WorkerError(f"{where}: {cause}")
-        return WorkerError(f"{where}: {type(cause).__name__}: {cause}")
 
     def _cause(self, failed: Any, error: Exception) -> tuple[int, Exception]:
         """When a rank dies, the others fail in their collective and may be heard first: the dead one is to blame."""

@@ -7,9 +7,9 @@ from the replicas that made them. Results that only other workers need go back t
 from __future__ import annotations
 
 import os
-import resource
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -18,11 +18,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from workers import determinism
 from workers.protocol import RolloutBlock, split
 
 if TYPE_CHECKING:
     from workers.batch import Batch
     from workers.engines.base import EngineSpec, Loss, MicroBatches, StepResult, TrainEngine, Update
+    from workers.engines.models import LogprobModel, ValueModel
+    from workers.memory import DeviceMemory, MemoryReport, Offload
     from workers.sync.buckets import Bucket, BucketWriter, Channel, Shard
 
 FlatArray = npt.NDArray[np.float32]
@@ -55,16 +58,36 @@ class RankBatch:
     lengths: npt.NDArray[np.int64]
 
 
+@dataclass(frozen=True, slots=True)
+class _Published:
+    """The role whose weights replicas get, and how. shards: hold the weights of now, whatever their number."""
+
+    role: str
+    writer: BucketWriter
+    shards: Sequence[Shard]
+    bucket_bytes: int
+    num_buckets: int
+
+
 class TrainWorker:
     """Rank `rank` of `world_size` on one device. Methods are called on all ranks together.
 
     device: "cpu" or "cuda"; local_device: CUDA device number on this node; threads: CPU threads of PyTorch.
-    timeout_s: of collectives among the ranks.
+    timeout_s: of collectives among the ranks. deterministic: the same batches give the same bits in another run.
     """
 
     def __init__(
-        self, rank: int, world_size: int, device: str, local_device: int, threads: int, timeout_s: float
+        self,
+        rank: int,
+        world_size: int,
+        device: str,
+        local_device: int,
+        threads: int,
+        timeout_s: float,
+        deterministic: bool,
     ) -> None:
+        if deterministic:
+            os.environ.update(determinism.ENVIRONMENT)
         if device == "cpu":
             os.environ["OMP_NUM_THREADS"] = str(threads)
         else:
@@ -74,9 +97,11 @@ class TrainWorker:
         self._device_type = device
         self._threads = threads
         self._timeout = timedelta(seconds=timeout_s)
+        self._deterministic = deterministic
+        self._prepared: dict[str, tuple[EngineSpec, LogprobModel | ValueModel]] = {}
         self._engines: dict[str, TrainEngine] = {}
-        self._publisher: BucketWriter | None = None
-        self._shards: Sequence[Shard] = ()
+        self._memory: DeviceMemory | None = None
+        self._published: _Published | None = None
         self._cached: tuple[str, Batch] | None = None
         self._store: Any = None
 
@@ -94,10 +119,15 @@ class TrainWorker:
         import torch.distributed as dist
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+        from workers.memory import DeviceMemory, meter_of
+
+        if self._deterministic:
+            determinism.make_deterministic()
         if self._device_type == "cpu":
             torch.set_num_threads(self._threads)
         else:
             torch.cuda.set_device(0)
+        self._memory = DeviceMemory(meter_of(self._device_type))
         if self._store is None:
             self._store = TCPStore(host, port, self._world_size, timeout=self._timeout)
         dist.init_process_group(
@@ -108,19 +138,40 @@ class TrainWorker:
             timeout=self._timeout,
         )
 
-    def build(self, role: str, spec: EngineSpec) -> int:
-        """Builds the engine of a role; returns its number of parameters."""
+    def prepare(self, role: str, spec: EngineSpec) -> None:
+        """Reads a role's model into host memory: others may be taking stock of the device meanwhile."""
+        from workers.engines.fsdp import load
+
+        spec = replace(spec, compile=spec.compile and self._device_type == "cuda")
+        self._prepared[role] = spec, load(spec)
+
+    def place(self, role: str, offload: Mapping[str, Offload]) -> int:
+        """Builds the engine of a prepared role on the device; returns its number of parameters.
+
+        offload: when its parts leave the device. On a CPU, whose memory is the host's, there is no room to make.
+        """
         import torch
         from torch.distributed.device_mesh import init_device_mesh
 
         from workers.engines.fsdp import FSDPEngine
 
+        spec, model = self._prepared.pop(role)
         mesh = init_device_mesh(self._device_type, (self._world_size,))
-        device = torch.device(self._device_type)
-        spec = replace(spec, compile=spec.compile and self._device_type == "cuda")
-        engine = FSDPEngine(spec, mesh, device)
+        with self._use("place", role, wanted_bytes=sum(p.nbytes for p in model.parameters()) // self._world_size):
+            engine = FSDPEngine(spec, mesh, torch.device(self._device_type), model)
         self._engines[role] = engine
+        if self._device_type == "cpu":
+            offload = {name: when is True for name, when in offload.items()}
+        self._device_memory.add(role, engine.parts, offload)
         return sum(int(np.prod(shape)) for _, _, shape, _ in engine.export_weights())
+
+    def make_room(self, num_bytes: int) -> None:
+        """Frees so much of the device for another process, as far as parts may leave it."""
+        self._device_memory.make_room(num_bytes)
+
+    def memory_report(self, take: bool) -> MemoryReport:
+        """What happened to the device's memory since the last report that was taken."""
+        return self._device_memory.report(take=take)
 
     def forward(
         self,
@@ -131,9 +182,9 @@ class TrainWorker:
         temperature: float,
     ) -> tuple[int, FlatArray]:
         """Log-probs or values of this rank's response tokens: (their number, the values for the object store)."""
-        local = self._batch(batch, columns)
-        values = self._engines[role].forward(local, micro_batches, temperature=temperature).numpy()
-        self._release_cache()
+        local, engine = self._batch(batch, columns), self._engines[role]
+        with self._use("forward", role, "weights", wanted_bytes=engine.forward_wants(local, micro_batches)):
+            values = engine.forward(local, micro_batches, temperature=temperature).numpy()
         return len(values), values
 
     def update(
@@ -147,51 +198,53 @@ class TrainWorker:
         entropy: bool,
     ) -> tuple[list[StepResult], int]:
         """Runs the optimizer steps of one batch in order; returns their results and the largest memory held, bytes."""
-        local = self._batch(batch, columns)
-        engine = self._engines[role]
-        results = [engine.train_step(local, u, loss, temperature=temperature, entropy=entropy) for u in updates]
-        self._release_cache()
-        return results, self._peak_bytes()
+        local, engine = self._batch(batch, columns), self._engines[role]
+        wanted = max((engine.update_wants(local, update) for update in updates), default=0)
+        with self._use("update", role, "weights", "optimizer", wanted_bytes=wanted):
+            results = [engine.train_step(local, u, loss, temperature=temperature, entropy=entropy) for u in updates]
+        return results, self._device_memory.meter.own_peak_bytes()
 
     def open_weights(self, role: str, dtype: str, bucket_bytes: int, channel: Channel) -> int:
         """Gets a role's weights ready to publish; returns the number of buckets (the same on every rank)."""
         from workers.sync.buckets import BucketWriter
 
-        if self._publisher is None:
-            self._publisher = BucketWriter(dtype, bucket_bytes, channel)
-        self._shards = tuple(self._engines[role].export_weights())
-        return self._publisher.num_buckets(self._shards)
+        writer = BucketWriter(dtype, bucket_bytes, channel) if self._published is None else self._published.writer
+        shards = tuple(self._engines[role].export_weights())
+        self._published = _Published(role, writer, shards, bucket_bytes, writer.num_buckets(shards))
+        return self._published.num_buckets
 
     def publish_bucket(self, number: int) -> Bucket:
         """Writes this rank's rows of one bucket where replicas can read them."""
-        assert self._publisher is not None
-        return self._publisher.write(self._shards, number)
+        published = self._published
+        assert published is not None
+        wanted, more = published.bucket_bytes if number < 2 else 0, number + 1 < published.num_buckets
+        with self._use("publish", published.role, "weights", wanted_bytes=wanted, keep=more):
+            return published.writer.write(published.shards, number)
 
     def save(self, role: str, directory: str) -> None:
         """Writes a role's state (collective)."""
-        self._engines[role].save(Path(directory))
+        with self._use("save", role, "weights", "optimizer"):
+            self._engines[role].save(Path(directory))
 
     def load(self, role: str, directory: str) -> None:
         """Restores a role's state (collective)."""
-        self._engines[role].load(Path(directory))
+        with self._use("load", role, "weights", "optimizer"):
+            self._engines[role].load(Path(directory))
 
     def save_hf(self, role: str, directory: str) -> None:
         """Writes a Hugging Face copy of a role's model (collective)."""
-        self._engines[role].save_hf(Path(directory))
+        with self._use("save", role, "weights"):
+            self._engines[role].save_hf(Path(directory))
 
-    def _release_cache(self) -> None:
-        """Gives cached memory back to the device: others on it wake next, and see what is free only then."""
-        if self._device_type == "cuda":
-            import torch
+    @property
+    def _device_memory(self) -> DeviceMemory:
+        assert self._memory is not None, "not connected"
+        return self._memory
 
-            torch.cuda.empty_cache()
-
-    def _peak_bytes(self) -> int:
-        if self._device_type == "cpu":
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        import torch
-
-        return torch.cuda.max_memory_allocated()
+    def _use(
+        self, call: str, role: str, *parts: str, wanted_bytes: int = 0, keep: bool = False
+    ) -> AbstractContextManager[None]:
+        return self._device_memory.use(call, role, parts, wanted_bytes=wanted_bytes, keep=keep)
 
     def _batch(self, wanted: RankBatch, columns: Sequence[Column]) -> Batch:
         import ray

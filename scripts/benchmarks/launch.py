@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 from rich.console import Console
+from rich.markup import escape
 
 from trainer.tracking.run_data import History, read_history, read_summary
 
@@ -52,19 +53,30 @@ class Finished:
 
 def run(console: Console, name: str, overrides: Sequence[str], *, recipe: str) -> Finished:
     """One run of `recipe` in a fresh directory below runs/benchmarks. Raises RunFailed with the end of its output."""
-    relative = RUNS / name / time.strftime("%Y%m%d-%H%M%S")
+    relative = new_run_dir(name)
     run_dir = ROOT / relative
-    run_dir.mkdir(parents=True)
     arguments = ["-m", "trainer.main", "--config-name", recipe, *overrides, f"trainer.default_local_dir={relative}"]
     command = shlex.join(["python", *arguments])
     load = os.getloadavg()[0]
-    console.print(f"{command}  [dim](load {load:.1f})[/dim]", soft_wrap=True)
+    console.print(f"{escape(command)}  [dim](load {load:.1f})[/dim]", soft_wrap=True)
     with (run_dir / LOG).open("w") as log:
         status = subprocess.run([sys.executable, *arguments], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
     if status:
         tail = "\n".join((run_dir / LOG).read_text(errors="replace").splitlines()[-30:])
         raise RunFailed(f"exit status {status} of: {command}\n{tail}")
     return Finished(command, run_dir, read_history(run_dir), read_summary(run_dir), load)
+
+
+def new_run_dir(name: str) -> Path:
+    """A fresh directory below runs/benchmarks, relative to the repository."""
+    relative = RUNS / name / time.strftime("%Y%m%d-%H%M%S")
+    (ROOT / relative).mkdir(parents=True)
+    return relative
+
+
+def command_line() -> str:
+    """The command that measures this again."""
+    return shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]])
 
 
 def machine() -> dict[str, Any]:

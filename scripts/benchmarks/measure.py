@@ -36,8 +36,7 @@ def measure(history: History, summary: Mapping[str, Any]) -> Result:
     """
     phases = phase_seconds(history, summary)
     steps = np.sum(list(phases.values()), axis=0)
-    total = float(steps.sum())
-    shares = {name: float(seconds.sum()) / total for name, seconds in phases.items()}
+    shares = share_of_each(phases)
     return {
         "steps": len(steps) + 1,
         "seconds_per_step": spread(steps),
@@ -45,7 +44,7 @@ def measure(history: History, summary: Mapping[str, Any]) -> Result:
         "overhead_share": sum(share for name, share in shares.items() if name not in WORK),
         "seconds_to_first_step": summary["seconds_to_first_step"],
         "seconds_total": summary["seconds_total"],
-        "tokens_per_second": sum(history.values("perf/tokens")[1:]) / total,
+        "tokens_per_second": sum(history.values("perf/tokens")[1:]) / float(steps.sum()),
         "generate_tokens_per_second": float(np.median(history.values("perf/generate_tokens_per_second")[1:])),
         "peak_memory_bytes": {kind: max(history.values(name)) for kind, name in MEMORY.items() if history.of(name)},
         "accuracy_after": summary["accuracy_after"],
@@ -63,6 +62,23 @@ def phase_seconds(history: History, summary: Mapping[str, Any]) -> dict[str, np.
     between = _seconds_between(counted["other"], summary, num_steps=len(steps))
     seconds = {name: np.array([found.get(step, 0.0) for step in steps[1:]]) for name, found in counted.items()}
     return seconds | {"between": np.full(len(steps) - 1, between)}
+
+
+def share_of_each(phases: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Of the time of all phases and steps, each phase's share."""
+    total = sum(float(seconds.sum()) for seconds in phases.values())
+    return {name: float(seconds.sum()) / total for name, seconds in phases.items()}
+
+
+def phase_memory(history: History) -> dict[str, list[float]]:
+    """Per phase the most memory in use on the device during it, bytes, in every step; only what the run measured."""
+    found = {name: history.of(f"memory/{name}_peak_bytes") for name in PHASES}
+    return {name: [value for step, value in points if step > 0] for name, points in found.items() if points}
+
+
+def memory_growth(peaks: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Bytes of the last step's peak over the second's, per phase; the first step fills caches."""
+    return {name: steps[-1] - steps[min(1, len(steps) - 1)] for name, steps in peaks.items()}
 
 
 def spread(seconds: Sequence[float] | np.ndarray) -> dict[str, float]:

@@ -138,15 +138,19 @@ def _compare(pool: RolloutPool, actor: Any, logprobs: Any, options: Namespace) -
 
 def _through_the_pool(pool: RolloutPool, prompts: Sequence[IntArray], sampling: SamplingSpec) -> float:
     began = time.perf_counter()
-    request = GenerateRequest(
+    blocks = [ray.get(chunk.block) for chunk in pool.generate([generate_request(prompts, sampling)])]
+    return sum(len(block.response_ids) for block in blocks) / (time.perf_counter() - began)
+
+
+def generate_request(prompts: Sequence[IntArray], sampling: SamplingSpec) -> GenerateRequest:
+    """All prompts, for one replica."""
+    return GenerateRequest(
         token_ids=np.concatenate(prompts),
         lengths=np.array([len(p) for p in prompts], dtype=np.int32),
         groups=np.arange(len(prompts), dtype=np.int32),
         sampling=sampling,
         seed=1,
     )
-    blocks = [ray.get(chunk.block) for chunk in pool.generate([request])]
-    return sum(len(block.response_ids) for block in blocks) / (time.perf_counter() - began)
 
 
 def _prompts(count: int, seed: int) -> list[IntArray]:

@@ -29,11 +29,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, task: Path) -> Path:
 def main_run(runs: Path) -> Outcome:
     """The quick start itself, shorter: GRPO, two training ranks, two replicas, every logger, every export.
 
-    Other runs are compared with it: it is never interrupted.
+    Other runs are compared with it, to the last bit: it is never interrupted.
     """
     outcome = run(
         runs / "main",
         f"trainer.total_training_steps={MAIN_STEPS}",
+        "trainer.full_determinism=true",
         "trainer.test_freq=5",
         "trainer.save_freq=10",
         "trainer.max_actor_ckpt_to_keep=2",
@@ -78,7 +79,10 @@ def frozen_run(runs: Path, main_run: Outcome, task: Path) -> Outcome:
 
 @pytest.fixture(scope="session")
 def ppo_run(runs: Path, task: Path) -> Outcome:
-    """PPO: critic, GAE, KL in the reward with an adaptive coefficient, chat prompts, two updates a step."""
+    """PPO: critic, GAE, KL in the reward with an adaptive coefficient, chat prompts, two updates a step.
+
+    Whatever can leave its device does, after each use.
+    """
     outcome = run(
         runs / "ppo",
         *NO_VALIDATION,
@@ -93,6 +97,9 @@ def ppo_run(runs: Path, task: Path) -> Outcome:
         "algorithm.kl_ctrl.target_kl=0.01",
         "algorithm.kl_ctrl.horizon=2000",
         "critic.optim.lr=1e-3",
+        *(f"actor_rollout_ref.actor.fsdp_config.{part}_offload=true" for part in ("param", "optimizer")),
+        "actor_rollout_ref.ref.fsdp_config.param_offload=true",
+        *(f"critic.fsdp.{part}_offload=true" for part in ("param", "optimizer")),
     )
     assert outcome.status == 0, outcome.told
     return outcome

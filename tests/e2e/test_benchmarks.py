@@ -34,5 +34,30 @@ def test_w1_on_a_cpu(tmp_path: Path) -> None:
     assert all(len(phase["steps"]) == 2 for phase in phases.values())
     assert result["seconds_per_step"] == pytest.approx(sum(p["median"] for p in phases.values()), rel=0.5)
     assert result["tokens_per_second"] == pytest.approx(16 * 24 / result["seconds_per_step"])
+    assert sum(phase["share"] for phase in phases.values()) == pytest.approx(1)
     assert 0 < result["mfu_update"] < 1
+    assert set(result["memory_growth_bytes"]) == set(result["phase_memory_bytes"])
+    assert all(len(phase["steps"]) == 3 for phase in result["phase_memory_bytes"].values())
     assert result["mismatch_logprob_abs_diff_mean"] < 1e-4
+
+
+def test_w1s_sync_alone(tmp_path: Path) -> None:
+    result = benchmark(tmp_path / "w1.json", "w1", "--shape", "tiny", "--sync-only", "--rounds", "2")
+    parts = result["parts"]
+    assert set(parts) == {"sleep", "wake_weights", "sync", "wake_cache"}
+    assert all(len(part["rounds"]) == 2 and part["median"] > 0 for part in parts.values())
+    assert parts["sync"]["median"] < result["seconds"] < 10
+    num_parameters = 1024 * 128 + 2 * (4 * 128 * 128 - 2 * 64 * 128 + 256 + 3 * 128 * 256 + 2 * 128) + 128
+    assert result["bytes"] == 4 * num_parameters
+    assert result["channel"] == "shared_memory" and result["buckets"] == 1 and result["checksums_agreed"] is True
+
+
+def test_w1s_generation_alone(tmp_path: Path) -> None:
+    """Without a trainer, and without weights; a CPU has no CUDA graphs to compare with."""
+    result = benchmark(tmp_path / "w1.json", "w1", "--shape", "tiny", "--rollout-only", "--rounds", "2")
+    assert set(result["engines"]) == {"eager"}
+    for found in result["engines"]["eager"]["logprobs"].values():
+        assert len(found["rounds"]) == 2
+        assert found["tokens_per_second"] == pytest.approx(16 * 16 / found["median"])
+    assert set(result["engines"]["eager"]["logprobs"]) == {"monitor", "all"} == set(result["graphs_over_eager"])
+    assert result["command"].endswith(f"--rounds 2 --out {tmp_path / 'w1.json'}")

@@ -81,6 +81,16 @@ def test_the_kl_coefficient_adapts(ppo_run: Outcome) -> None:
     assert coefficients[3] > coefficients[2]
 
 
+def test_offloaded_models_come_back_for_each_use(ppo_run: Outcome) -> None:
+    for record in ppo_run.steps():
+        away = {name: size for name, size in record.items() if name.startswith("memory/offloaded_bytes/")}
+        assert {name.rpartition("/")[2] for name in away} >= {"ref_weights", "critic_weights", "critic_optimizer"}
+        assert away["memory/offloaded_bytes/critic_optimizer"] == pytest.approx(
+            2 * away["memory/offloaded_bytes/critic_weights"], rel=0.01
+        )
+    assert "memory/offloaded_bytes/actor_optimizer" in ppo_run.steps()[-1]
+
+
 def test_documented_and_logged_metrics_are_the_same(main_run: Outcome, frozen_run: Outcome, ppo_run: Outcome) -> None:
     documented = documented_metrics((ROOT / "docs" / "metrics.md").read_text())
     records = [record for outcome in (main_run, frozen_run, ppo_run) for record in outcome.records()]

@@ -101,7 +101,7 @@ def as_micro_batch(table: Table) -> MicroBatch:
     return MicroBatch(
         input_ids=none,
         position_ids=none,
-        segments=Segments(none, (), none),
+        segments=Segments(none, (), none, ()),
         predictor=none,
         targets=none,
         sequence=torch.repeat_interleave(torch.arange(len(table)), lengths),

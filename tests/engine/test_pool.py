@@ -13,15 +13,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import ray
 
+from trainer.memory import TrainingMemory
 from trainer.samples import check_complete
 from trainer.sources import SyncSource
 from trainer.tracking.jsonl import read_jsonl
 from trainer.tracking.phases import Phases
 from trainer.tracking.rollout import ROLLOUT_FILE, RolloutLog
 from workers.group import WorkerError, WorkerGroup
+from workers.memory import MemoryReport
 from workers.protocol import Prompt, RolloutBlock, ScoreRequest, Scores, SequenceMeta, Trajectory, split
 from workers.rollout.calls import Chunk
 from workers.rollout.pool import PoolLimits, RolloutPool
@@ -69,7 +72,7 @@ class FakeReplica:
             yield block.meta
         self._do(len(prompts))
         self._busy = False
-        yield GenerateStats(0.1, self._tokens, 1000 + self._rank)
+        yield GenerateStats(0.1, self._tokens, 1000 + self._rank, 5000 + self._rank)
 
     def _respond(self, group: int, sample: int, prompt: tuple[int, ...]) -> Trajectory:
         return Trajectory(group, sample, prompt, prompt * self._copies, "stop", self._version)
@@ -97,22 +100,44 @@ class FakeReplica:
         self._version = version
         return version
 
-    def sleep(self) -> None:
+    def sleep(self, keep_weights: bool) -> dict[str, int]:
         """Gives memory back, once."""
         self._do("sleep")
         assert not self._asleep
         self._asleep = ["weights", "kv_cache"]
+        return {"weights": 300 + self._rank, "kv_cache": 7000 - self._rank}
 
-    def wake(self, tag: str) -> None:
+    def wake(self, tag: str) -> int:
         """Nothing for one that has it."""
         self._do(tag)
         if tag in self._asleep:
             self._asleep.remove(tag)
+        return 100 * (3 - len(self._asleep)) + self._rank
 
     @ray.method(concurrency_group="control")
     def status(self) -> ReplicaStatus:
         """As it is."""
         return ReplicaStatus(os.getpid(), self._busy, self._steps, int(self._busy), 0, 0.5, 0, self._tokens)
+
+
+class FakeRank:
+    """What TrainingMemory asks of a TrainWorker."""
+
+    def __init__(self, offloaded: dict[str, int]) -> None:
+        self._offloaded = offloaded
+        self._asked: list[int] = []
+
+    def make_room(self, num_bytes: int) -> None:
+        """Notes it."""
+        self._asked.append(num_bytes)
+
+    def asked(self) -> list[int]:
+        """What room was wanted."""
+        return self._asked
+
+    def memory_report(self, take: bool) -> MemoryReport:
+        """The same each time."""
+        return MemoryReport({"update": 9000, "publish": 150, "save": 1}, self._offloaded, 10_000)
 
 
 class FakeScorer:
@@ -244,7 +269,9 @@ def test_scoring_starts_while_others_generate(bench: Callable[..., Bench], tmp_p
     assert ray.get(scorer.times.remote()) == []
     log = RolloutLog(tmp_path)
     one.pool.observe = log.observe
-    source = SyncSource(one.pool, WorkerGroup("reward", [scorer]), Phases(), log=log, timeout_s=30, seed=1)
+    memory = TrainingMemory([], [], timeout_s=30)
+    scorers = WorkerGroup("reward", [scorer])
+    source = SyncSource(one.pool, scorers, Phases(), log=log, memory=memory, timeout_s=30, seed=1)
     prompts = [Prompt(index=i, token_ids=(i, i), ground_truth=10.0 + i) for i in range(6)]
     begun = time.time()
     samples = source.generate("k", prompts, SAMPLING, seed=(1,), sleep=True)
@@ -263,6 +290,37 @@ def test_scoring_starts_while_others_generate(bench: Callable[..., Bench], tmp_p
     assert {line["replica"] for line in lines} == {0, 1}
     assert sum(line["replica"] == 1 for line in lines) >= 2, "one each second, one at the end"
     ray.kill(scorer)
+
+
+def test_training_makes_room_for_what_replicas_take_again(bench: Callable[..., Bench], tmp_path: Path) -> None:
+    """The most that one of them gave back; around a checkpoint only if something of training is offloaded."""
+    ranks = [ray.remote(num_cpus=0)(FakeRank).remote(away) for away in ({}, {"ref_weights": 40})]
+    beside, elsewhere = WorkerGroup("training", ranks[:1]), WorkerGroup("training", ranks[1:])
+    one, log = bench([], []), RolloutLog(tmp_path)
+    for groups, crowded in (([beside], False), ([beside, elsewhere], True)):
+        memory = TrainingMemory(groups, [beside], timeout_s=30)
+        source = SyncSource(one.pool, WorkerGroup("reward", []), Phases(), log=log, memory=memory, timeout_s=30, seed=1)
+        assert memory.is_crowded() == crowded
+        source.sleep()
+        source.sleep()  # nothing more to give
+        source.wake_weights()
+        source.wake_cache()
+        with source.aside():
+            pass
+    assert ray.get(ranks[0].asked.remote()) == [301, 7000] * 3
+    assert ray.get(ranks[1].asked.remote()) == []
+    one.generate()
+    metrics = {name: value for name, value in source.take_metrics().items() if name.startswith("memory/")}
+    assert metrics == {
+        "memory/generate_peak_bytes": 5001.0,
+        "memory/update_peak_bytes": 9000.0,
+        "memory/sync_peak_bytes": 301.0,
+        "memory/offloaded_bytes/ref_weights": 40.0,
+        "memory/device_bytes": 10_000.0,
+        "memory/rollout_peak_bytes": 1001.0,
+    }
+    for rank in ranks:
+        ray.kill(rank)
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
@@ -389,12 +447,23 @@ def test_a_death_between_generation_and_update(bench: Callable[..., Bench], when
     """The new one is brought to where the others are; it has the weights before it generates."""
     one = bench([], [{when: "die"}])
     one.generate()
+    room: list[bool] = []
+    one.pool.make_room = lambda: room.append(True)
     one.pool.sleep()
     one.pool.wake("weights")
     one.update(2)
     one.pool.wake("kv_cache")
     assert one.started == [0, 1, 1]
+    assert room == [True], "before the new one starts"
     assert_complete(one.generate(), 6, version=2)
+
+
+def test_a_closed_pool_has_no_process_left(bench: Callable[..., Bench]) -> None:
+    some = bench([], [])
+    pids = [ray.get(actor.status.remote()).pid for actor in some.actors]
+    some.pool.close()
+    left = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    assert all(process.status() == psutil.STATUS_ZOMBIE for process in left)
 
 
 def test_metadata_of_a_chunk_matches_its_block(bench: Callable[..., Bench]) -> None:

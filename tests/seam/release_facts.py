@@ -185,6 +185,24 @@ def _compilation_field(name: str) -> Callable[[Release], bool]:
     return lambda release: name in release.fields("CompilationConfig", *paths)
 
 
+def _looks_whether_a_step_has_ended(release: Release) -> bool:
+    return "batch_queue[-1][0].done()" in release.code("EngineCore.step_with_batch_queue", "v1/engine/core.py")
+
+
+def _combines_kernels(release: Release) -> bool:
+    path = "config/compilation.py"
+    if not release.files(path):
+        return False
+    code = release.code("CompilationConfig.__post_init__", path)
+    return "'combo_kernels' not in self.inductor_compile_config" in code and "['benchmark_combo_kernel']" in code
+
+
+def _draws_seeds_with_numpy(release: Release) -> bool:
+    """Model runner V2 draws the seed of a request from NumPy's generator."""
+    paths = release.files("v1/worker/gpu/**/*states.py")
+    return any("seed = np.random.randint(" in release.text(path) for path in paths)
+
+
 def _knows_its_own_sampling_defaults(release: Release) -> bool:
     text = "".join(release.text(path) for path in release.files("config.py") + release.files("config/*.py"))
     return bool(re.search(r'generation_config in [({]"auto", "vllm"[)}]', text))
@@ -223,6 +241,10 @@ FACTS = (
     Fact("CPU packs linear weights by a function", "0.10.2", None, _packs_linear_weights, "cpu_gemm_dispatch"),
     Fact("kinds of CUDA graphs are chosen", "0.10.1", None, _compilation_field("cudagraph_mode"), "cudagraph_mode"),
     Fact("the attention backend is an argument", "0.13.0", None, argument("attention_backend"), "attention_argument"),
+    Fact("model runner V2 draws seeds with NumPy", "0.12.0", None, _draws_seeds_with_numpy),
+    Fact("a step waits by chance", "0.10.2", "0.23.0", _looks_whether_a_step_has_ended, "schedules_by_time"),
+    Fact("kernels are combined by timing them", "0.11.1", None, _combines_kernels, "combo_kernels"),
+    Fact("FlashInfer's kernels are chosen by timing them", "0.16.0", None, argument("enable_flashinfer_autotune")),
     Fact("the cache has a size in bytes", "0.10.2", None, argument("kv_cache_memory_bytes")),
     Fact("a CPU's cache has a size in bytes", "0.20.0", None, _reads_cache_bytes, "cpu_cache_bytes"),
     Fact("a CPU needs LD_PRELOAD", "0.18.0", "0.19.0", _refuses_to_start_without_preload, "cpu_wants_preload"),

@@ -93,6 +93,16 @@ def test_a_stop_token_ends_a_response_and_belongs_to_it(bench: Any) -> None:
     assert block.meta.finish_reason[row] == 0
 
 
+def test_a_seed_reaches_every_generator_that_samples(bench: Any) -> None:
+    def drawn(seed: int) -> tuple[float, float]:
+        bench.engine.rpc("tandem_seed", seed)
+        return float(torch.rand(())), float(np.random.rand())
+
+    large = (1 << 62) + 5
+    assert drawn(large) == drawn(large)
+    assert all(a != b for a, b in zip(drawn(large), drawn(6), strict=True))
+
+
 def test_the_same_seed_gives_the_same_responses(bench: Any) -> None:
     def rows(seed: int) -> list[tuple[int, int, list[int]]]:
         bench.engine.rpc("tandem_seed", seed)

@@ -178,6 +178,10 @@ def test_a_tracker_that_is_not_installed(base: list[str], monkeypatch: pytest.Mo
         ([f"{ROLLOUT}.top_p=0.9"], f"{ROLLOUT}.top_p=0.9: the sampler draws from a truncated distribution"),
         ([f"{ROLLOUT}.top_k=10"], f"{ROLLOUT}.top_k=10: the sampler draws"),
         (["trainer.device=cpu"], f"{ROLLOUT}.kv_cache_gb=null: on a CPU the KV cache gets 1 GiB"),
+        (
+            ["trainer.device=cpu", f"{ROLLOUT}.kv_cache_gb=1", f"{ACTOR}.fsdp_config.param_offload=true"],
+            f"{ACTOR}.fsdp_config.param_offload=true: on a CPU this copies",
+        ),
         (["trainer.resume_from_path=x"], "trainer.resume_from_path=x has no effect: trainer.resume_mode=auto"),
     ],
 )

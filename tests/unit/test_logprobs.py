@@ -65,6 +65,18 @@ def test_values_and_gradients_equal_the_formula(
         assert relative(got, wanted) < 1e-6
 
 
+def test_nothing_is_rounded_at_the_size_of_the_logits() -> None:
+    """Logits that float32 holds exactly, around 4096, where its neighbours are 5e-4 apart."""
+    hidden, weight, targets = inputs(9, seed=4)
+    hidden, weight = hidden.round(), (weight * 8).round()
+    hidden[:, 0], weight[:, 0] = 1.0, 4096.0
+    logprobs, entropies = token_logprobs(hidden, weight, targets, temperature=1.0, entropy=True, chunk=4)
+    expected, expected_entropies = reference(hidden.double(), weight.double(), targets, 1.0)
+    assert entropies is not None
+    assert relative(logprobs, expected) < 2e-7
+    assert relative(entropies, expected_entropies) < 2e-7
+
+
 def test_the_entropy_alone_is_differentiable() -> None:
     hidden, weight, targets = inputs(5, seed=3)
     ours = hidden.clone().requires_grad_()

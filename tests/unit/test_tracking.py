@@ -424,7 +424,9 @@ mismatch/logprob_abs_diff_mean mismatch/logprob_abs_diff_max mismatch/kl mismatc
 val/greedy_accuracy val/math/accuracy val/response_length/mean sync/weight_version sync/bytes sync/parameters time/step
 time/generate time/score time/annotate time/update time/sync time/validate time/checkpoint time/other
 perf/tokens_per_second perf/tokens perf/generate_tokens_per_second memory/driver_rss_bytes memory/train_peak_bytes
-memory/rollout_peak_bytes data/epoch data/position data/truncated_prompts
+memory/rollout_peak_bytes memory/generate_peak_bytes memory/annotate_peak_bytes memory/update_peak_bytes
+memory/sync_peak_bytes memory/device_bytes memory/offloaded_bytes/actor_optimizer data/epoch data/position
+data/truncated_prompts
 """
 
 

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from trainer.tracking.console import ConsoleSink, batch_table, completions_table, startup_table, summary_panel
 from trainer.tracking.jsonl import JsonlSink
+from trainer.tracking.memory import MemoryLine
 from trainer.tracking.progress import ProgressLines, phase_bar, phase_labels, phase_shares
 from trainer.tracking.records import CompletionRow
 from trainer.tracking.text import duration, score, shorten, size, visible
@@ -190,3 +191,18 @@ def test_color_follows_the_console() -> None:
     progress = ProgressLines(total_steps=5, width=120, color=False)
     line = progress.step(1, metrics(1))[-1]
     assert isinstance(line, Text) and "gen 36%" in line.plain and "\u2501" not in line.plain
+
+
+def test_memory_is_told_when_it_is_news() -> None:
+    """At first, when a phase takes over 5 % more, and when something else is offloaded."""
+    gib = float(1 << 30)
+    peaks = {"memory/generate_peak_bytes": 74.1 * gib, "memory/update_peak_bytes": 98.7 * gib}
+    first = peaks | {"memory/device_bytes": 139.8 * gib, "reward/mean": 0.5}
+    line = MemoryLine()
+    assert line.step(first) == "memory, GiB: generate 74.1, update 98.7 of 139.8"
+    assert line.step(first) is None
+    assert line.step(first | {"memory/update_peak_bytes": 103 * gib}) is None
+    told = line.step(first | {"memory/offloaded_bytes/ref_weights": 2.94 * gib})
+    assert told == "memory, GiB: generate 74.1, update 98.7 of 139.8; offloaded: ref weights 2.9"
+    assert line.step(first | {"memory/update_peak_bytes": 104 * gib}) is not None
+    assert MemoryLine().step({"reward/mean": 0.5}) is None

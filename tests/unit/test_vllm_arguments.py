@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
+from workers.determinism import ENVIRONMENT
 from workers.rollout.spec import RolloutSpec, SamplingSpec
 from workers.rollout.vllm.arguments import EXTENSION, WORKER, EnginePlan, fit_sampling, plan_engine, sleep_level
 from workers.rollout.vllm.capabilities import Capabilities
@@ -63,6 +64,8 @@ NEW = Capabilities(
     attention_argument=True,
     needs_patches=False,
     expandable_segments=True,
+    schedules_by_time=False,
+    combo_kernels=True,
 )
 OLD = replace(
     NEW,
@@ -74,6 +77,7 @@ OLD = replace(
     flat_logprobs=False,
     attention_argument=False,
     expandable_segments=False,
+    combo_kernels=False,
     cpu_unbound="all",
     cpu_cache_bytes=False,
 )
@@ -230,6 +234,37 @@ def test_arguments_of_another_version_are_refused(name: str, message: str) -> No
 def test_arguments_that_the_version_has_are_passed_through() -> None:
     made = plan(replace(SPEC, engine_kwargs={"async_scheduling": True}))
     assert made.problems == () and made.arguments["async_scheduling"] is True
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_nothing_is_left_to_the_clock(device: Any) -> None:
+    spec = replace(SPEC if device == "cuda" else CPU, deterministic=True, kv_cache_gb=2.0)
+    by_time = replace(NEW, schedules_by_time=True)
+    assert plan(spec, by_time).arguments["async_scheduling"] is False
+    assert "async_scheduling" not in plan(spec).arguments
+    assert "async_scheduling" not in plan(replace(spec, deterministic=False), by_time).arguments
+
+
+def test_a_gpu_decides_nothing_by_measuring() -> None:
+    spec = replace(SPEC, deterministic=True, kv_cache_gb=2.0)
+    arguments, variables = frozenset({"enable_flashinfer_autotune"}), frozenset({"VLLM_ALLREDUCE_USE_SYMM_MEM"})
+    made = plan(spec, replace(NEW, engine_arguments=NEW.engine_arguments | arguments, environment=variables))
+    assert made.arguments["enable_flashinfer_autotune"] is False
+    compiled = made.arguments["compilation_config"]["inductor_compile_config"]
+    assert compiled == {"combo_kernels": True, "benchmark_combo_kernel": False}
+    assert made.environment | ENVIRONMENT | {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0"} == made.environment
+    assert (made.notices, made.problems) == ((), ())
+    for other in (plan(replace(spec, kv_cache_gb=None), OLD), plan(replace(spec, deterministic=False))):
+        assert not {"enable_flashinfer_autotune", "compilation_config"} & set(other.arguments)
+    for other in (replace(spec, deterministic=False), replace(CPU, deterministic=True)):
+        assert not set(ENVIRONMENT) & set(plan(other).environment)
+
+
+def test_a_measured_cache_is_said_to_weaken_determinism() -> None:
+    spec = replace(SPEC, deterministic=True)
+    (notice,) = plan(spec).notices
+    assert notice.startswith(f"trainer.full_determinism=true: {ROLLOUT}.kv_cache_gb=null")
+    assert plan(replace(spec, auto_adapt=False)).problems == (notice,)
 
 
 def test_several_problems_at_once() -> None:

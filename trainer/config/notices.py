@@ -12,7 +12,7 @@ _ACTOR = "actor_rollout_ref.actor"
 
 def notices(cfg: Config) -> list[str]:
     """Return what is worth telling about a valid configuration."""
-    return [*_objective(cfg), *_sampling(cfg), *_run(cfg)]
+    return [*_objective(cfg), *_sampling(cfg), *_offload(cfg), *_run(cfg)]
 
 
 def _objective(cfg: Config) -> Iterator[str]:
@@ -48,6 +48,20 @@ def _sampling(cfg: Config) -> Iterator[str]:
         yield f"{_ROLLOUT}.val_kwargs.n={val.n}: greedy validation (temperature=0) draws the same response each time"
     if cfg.trainer.device == "cpu" and rollout.kv_cache_gb is None:
         yield f"{_ROLLOUT}.kv_cache_gb=null: on a CPU the KV cache gets 1 GiB"
+
+
+def _offload(cfg: Config) -> Iterator[str]:
+    roles, critic = cfg.actor_rollout_ref, cfg.critic.fsdp
+    settings = {
+        f"{_ACTOR}.fsdp_config.param_offload": roles.actor.fsdp_config.param_offload,
+        f"{_ACTOR}.fsdp_config.optimizer_offload": roles.actor.fsdp_config.optimizer_offload,
+        "actor_rollout_ref.ref.fsdp_config.param_offload": cfg.use_reference and roles.ref.fsdp_config.param_offload,
+        "critic.fsdp.param_offload": cfg.use_critic and critic.param_offload,
+        "critic.fsdp.optimizer_offload": cfg.use_critic and critic.optimizer_offload,
+    }
+    asked = [f"{key}=true" for key, value in settings.items() if value is True]
+    if cfg.trainer.device == "cpu" and asked:
+        yield f"{', '.join(asked)}: on a CPU this copies from host memory to host memory, and saves none"
 
 
 def _run(cfg: Config) -> Iterator[str]:

@@ -50,6 +50,7 @@ Files = Annotated[tuple[LocalPath, ...], BeforeValidator(_one_or_many), Field(mi
 DeviceMapping = Annotated[str | list[int] | None, BeforeValidator(_rank_as_text)]
 """Global device ranks, read by `devices.parse_device_mapping`; None: every device."""
 
+Auto = bool | Literal["auto"]
 LossAggMode = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 KlKind = Literal["k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl"]
 ComputeDtype = Literal["bfloat16", "float32"]
@@ -90,7 +91,7 @@ class ModelConfig(Section):
     tokenizer_path: LocalPath
     trust_remote_code: bool
     override_config: dict[str, Any]
-    enable_gradient_checkpointing: bool
+    enable_gradient_checkpointing: Auto
     share_prompt: bool
     use_torch_compile: bool
 
@@ -112,12 +113,14 @@ class OptimConfig(Section):
 
 
 class FsdpConfig(Section):
-    """`actor.fsdp_config` and `critic.fsdp`: precision and sharding of a trained model."""
+    """`actor.fsdp_config` and `critic.fsdp`: precision, sharding and offloading of a trained model."""
 
     model_dtype: Literal["fp32", "bf16"]
     dtype: ComputeDtype
-    reshard_after_forward: bool
+    reshard_after_forward: Auto
     wrap_min_num_params: NonNegative
+    param_offload: Auto
+    optimizer_offload: Auto
 
 
 class CheckpointConfig(Section):
@@ -161,6 +164,7 @@ class RefFsdpConfig(Section):
     dtype: ComputeDtype
     reshard_after_forward: bool
     wrap_min_num_params: NonNegative
+    param_offload: Auto
 
 
 class RefConfig(Section):
@@ -234,7 +238,7 @@ class CriticModelConfig(Section):
     """`critic.model`: the checkpoint that the critic starts from."""
 
     path: LocalPath
-    enable_gradient_checkpointing: bool
+    enable_gradient_checkpointing: Auto
 
 
 class CriticConfig(Section):
@@ -314,6 +318,7 @@ class TrainerConfig(Section):
     log_completions_freq: NonNegative
     startup_timeout_s: PositiveFloat
     step_timeout_s: PositiveFloat
+    full_determinism: bool
     dry_run: bool
 
 

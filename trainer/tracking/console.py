@@ -17,6 +17,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from trainer.tracking.memory import MemoryLine
 from trainer.tracking.progress import ProgressLines
 from trainer.tracking.records import CompletionRow, Metrics
 from trainer.tracking.text import duration, score, shorten, size, visible
@@ -129,15 +130,18 @@ class ConsoleSink:
         self._completions_freq = completions_freq
         self._report = report
         self._next_command = next_command
+        self._memory = MemoryLine()
         self._lines = ProgressLines(
             total_steps=total_steps, width=console.width if console.is_terminal else None, color=_has_color(console)
         )
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Print the step, and what a person should know about it: rewards that failed, updates that were skipped."""
+        """Print the step, and what a person should know about it: failed rewards, skipped updates, more memory."""
         self._lines.resize(self._console.width)
         for line in self._lines.step(step, metrics):
             self._console.print(line, soft_wrap=True)
+        if step > 0 and (memory := self._memory.step(metrics)):
+            self._console.print(Text(f"  {memory}", style="dim"), soft_wrap=True)
 
     def completions(self, step: int, rows: Sequence[CompletionRow]) -> None:
         """Print some of the training completions if it is their turn."""

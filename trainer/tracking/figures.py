@@ -64,6 +64,15 @@ FILLERS = (
         (("rollout/running_max", "running"), ("rollout/waiting_max", "waiting")),
     ),
     Figure("Throughput", "tokens per second", (("perf/tokens_per_second", "tokens/s"),)),
+    Figure(
+        "Memory",
+        "most in use on a device, bytes",
+        (
+            ("memory/generate_peak_bytes", "generate"),
+            ("memory/update_peak_bytes", "update"),
+            ("memory/sync_peak_bytes", "sync"),
+        ),
+    ),
     Figure("Clipped", "share of tokens outside the PPO range", (("actor/clip_frac", "share"),)),
 )
 """Worth a look, shown where a row would have a gap."""

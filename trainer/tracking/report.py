@@ -86,7 +86,7 @@ def _tiles(run: History, summary: Mapping[str, Any]) -> str:
     if speed is not None:
         tiles.append(_tile("Tokens", f"{speed:,.0f}", "per second"))
     if summary and summary["peak_memory_bytes"] is not None:
-        tiles.append(_tile("Peak memory", size(summary["peak_memory_bytes"]), "largest process"))
+        tiles.append(_tile("Peak memory", size(summary["peak_memory_bytes"]), "most in use"))
     return "".join(tiles)
 
 

@@ -32,7 +32,7 @@ def write_summary(
     What the metrics tell is read from metrics.jsonl, so that it covers a run that was interrupted and resumed:
     accuracy_before/after and greedy_before/after (first and last validation; None without one), steps,
     tokens_per_second (perf/tokens over the time of all steps, validation and saving left out) and
-    peak_memory_bytes (the largest memory/* reading).
+    peak_memory_bytes (the largest memory/* reading of what was in use).
 
     command: the command line that reproduces the run.
     seconds_total: wall time of this process; seconds_to_first_step: from its start to that of its first training
@@ -116,6 +116,5 @@ def _tokens_per_second(run: History) -> float | None:
 
 
 def _peak_memory_bytes(run: History) -> float | None:
-    return max(
-        (max(run.values(name)) for name in run.series if name.startswith("memory/") and run.of(name)), default=None
-    )
+    used = [n for n in run.series if n.startswith("memory/") and n.endswith(("_peak_bytes", "_rss_bytes"))]
+    return max((max(run.values(name)) for name in used if run.of(name)), default=None)

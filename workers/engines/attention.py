@@ -3,14 +3,13 @@
 The rows of a packed micro-batch attend along `Segments`: causal runs in which a prompt shared by several responses
 appears once per response, although its projections were computed once. On CPU the runs are gathered into a few
 rectangles of similar length for PyTorch's SDPA: causal attention never looks right, so the padding on the right of a
-run cannot be seen and needs no mask. On CUDA in half precision they go to PyTorch's variable-length flash attention.
+run cannot be seen and needs no mask. On CUDA in half precision flash attention takes the rows as they lie (`flash`).
 
 Registered with transformers under `ATTENTION_NAME`; models get the segments as the keyword `segments`.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workers.batch import Segments
+from workers.engines.flash import FlashLayout, flash_attention, flash_layout, use_installed
 
 ATTENTION_NAME = "tandem_packed"
 BUCKET_WASTE = 1.25
@@ -29,34 +29,29 @@ BUCKET_WASTE = 1.25
 
 
 @dataclass(frozen=True, slots=True)
-class PackedLayout:
-    """`Segments` made ready for one device, computed once per micro-batch and used by every layer.
+class Rectangles:
+    """`Segments` made ready for SDPA, computed once per micro-batch and used by every layer.
 
-    rows: packed row of every element attention works on: the runs, for SDPA filled up to rectangles.
+    rows: packed row of every element attention works on: the runs, filled up to rectangles.
     owner: [num_tokens], which of those elements gives each packed row its output.
-    rectangles: for SDPA, (number of runs, width) of each rectangle, in order; none for flash attention.
-    cumulative: [num_runs + 1] int32, where each run begins. max_length: of a run.
-    rows_are_unique: no packed row is in two runs, as no prompt is shared.
+    rectangles: (number of runs, width) of each rectangle, in order.
+    max_length: of a run.
     """
 
     rows: Tensor
     owner: Tensor
     rectangles: tuple[tuple[int, int], ...]
-    cumulative: Tensor
     max_length: int
-    rows_are_unique: bool = False
+
+
+PackedLayout = Rectangles | FlashLayout
 
 
 def prepare(segments: Segments, dtype: torch.dtype) -> PackedLayout:
     """Lays the runs out for the device their tensors are on and the dtype attention will compute in."""
-    lengths = np.asarray(segments.lengths, dtype=np.int64)
-    cumulative = np.concatenate([[0], np.cumsum(lengths)])
-    device = segments.rows.device
-    if device.type == "cpu" or dtype == torch.float32:  # flash attention knows half precision only
-        return _rectangles(segments, lengths, cumulative)
-    bounds = torch.from_numpy(cumulative.astype(np.int32)).to(device, non_blocking=True)
-    unique = len(segments.rows) == len(segments.owner)
-    return PackedLayout(segments.rows, segments.owner, (), bounds, int(lengths.max()), rows_are_unique=unique)
+    if segments.rows.device.type == "cpu" or dtype == torch.float32:  # flash attention knows half precision only
+        return _rectangles(segments)
+    return flash_layout(segments)
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float) -> Tensor:
@@ -65,11 +60,9 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLa
     query: [num_tokens, num_heads, head_dim]; key, value: [num_tokens, num_kv_heads, head_dim].
     Returns [num_tokens, num_heads, head_dim].
     """
-    if layout.rectangles:
-        expanded = _sdpa(query, key, value, layout, scale)
-    else:
-        expanded = _varlen(query, key, value, layout, scale)
-    return gather_rows(expanded, layout.owner, unique=True)
+    if isinstance(layout, FlashLayout):
+        return flash_attention(query, key, value, layout, scale)
+    return gather_rows(_sdpa(query, key, value, layout, scale), layout.owner, unique=True)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -113,9 +106,11 @@ def _check_kind(
 
 
 def register() -> None:
-    """Makes the attention known to transformers (idempotent)."""
+    """Makes the attention known to transformers, and takes the fastest kernels there are (idempotent)."""
     from transformers import AttentionInterface
 
+    if torch.cuda.is_available():
+        use_installed()
     AttentionInterface.register(ATTENTION_NAME, hf_attention)
 
 
@@ -146,8 +141,10 @@ def gather_rows(x: Tensor, index: Tensor, *, unique: bool = False) -> Tensor:
     return out
 
 
-def _rectangles(segments: Segments, lengths: np.ndarray, starts: np.ndarray) -> PackedLayout:
+def _rectangles(segments: Segments) -> Rectangles:
     """Runs sorted by length and cut into buckets; one flat gather index for all of them."""
+    lengths = np.asarray(segments.lengths, dtype=np.int64)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
     device = segments.rows.device
     rows = segments.rows.cpu().numpy()
     gather: list[np.ndarray] = []
@@ -165,7 +162,7 @@ def _rectangles(segments: Segments, lengths: np.ndarray, starts: np.ndarray) -> 
         size += elements.size
     owner = torch.from_numpy(place[segments.owner.cpu().numpy()]).to(device)
     index = torch.from_numpy(np.concatenate(gather)).to(device)
-    return PackedLayout(index, owner, tuple(shapes), torch.from_numpy(starts.astype(np.int32)), int(lengths.max()))
+    return Rectangles(index, owner, tuple(shapes), int(lengths.max()))
 
 
 def _buckets(lengths: np.ndarray) -> Iterator[np.ndarray]:
@@ -177,7 +174,7 @@ def _buckets(lengths: np.ndarray) -> Iterator[np.ndarray]:
             start = end
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float) -> Tensor:
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, layout: Rectangles, scale: float) -> Tensor:
     gathered = [gather_rows(x, layout.rows) for x in (query, key, value)]
     outputs: list[Tensor] = []
     start = 0
@@ -187,19 +184,3 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale
         outputs.append(out.transpose(1, 2).flatten(0, 1))
         start += count * width
     return torch.cat(outputs)
-
-
-def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    q, k, v = (gather_rows(x, layout.rows, unique=layout.rows_are_unique) for x in (query, key, value))
-    bounds, longest = layout.cumulative, layout.max_length
-    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}
-    if key.shape[1] != query.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-            options["enable_gqa"] = True
-        else:
-            k, v = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (k, v))
-    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
-    assert isinstance(out, Tensor)
-    return out

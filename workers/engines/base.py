@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from workers.batch import Batch, MicroBatch
+from workers.engines.residency import Part
 from workers.normalizers import Normalizers
 
 Loss = Callable[[Tensor, Tensor | None, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
@@ -41,13 +42,14 @@ class OptimizerSpec:
 class ShardSpec:
     """Precision and sharding. dtype, master_dtype: torch dtype names of compute and of the stored weights.
 
-    reshard_after_forward: free gathered parameters between forward and backward.
+    reshard_after_forward: free gathered parameters between forward and backward; "auto": where there is no room to keep
+        them, over all micro-batches of an optimizer step.
     wrap_min_num_params: layers with fewer parameters are gathered together with the rest of the model.
     """
 
     dtype: str
     master_dtype: str
-    reshard_after_forward: bool
+    reshard_after_forward: bool | Literal["auto"]
     wrap_min_num_params: int
 
 
@@ -58,6 +60,7 @@ class EngineSpec:
     head: "logprobs" (a language model) or "values" (the same body with a scalar head).
     optimizer: None builds an engine that only runs forward (a reference model).
     share_prompt: compute a prompt once for all its responses in a micro-batch.
+    gradient_checkpointing: recompute activations in the backward pass; "auto": of as many layers as have to be.
     compile: fuse what surrounds the matrix products of each layer (torch.compile).
     override_config: fields of the Hugging Face config to change.
     """
@@ -66,7 +69,7 @@ class EngineSpec:
     head: Literal["logprobs", "values"]
     sharding: ShardSpec
     optimizer: OptimizerSpec | None
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | Literal["auto"]
     share_prompt: bool
     compile: bool = False
     trust_remote_code: bool = False
@@ -94,7 +97,12 @@ class StepResult:
 
 
 class TrainEngine(Protocol):
-    """A model on one training rank, sharded over its process group."""
+    """A model on one training rank, sharded over its process group.
+
+    parts: what can leave the device between calls: "weights", and "optimizer" of one that trains.
+    """
+
+    parts: dict[str, Part]
 
     def forward(self, batch: Batch, micro_batches: MicroBatches, *, temperature: float) -> Tensor:
         """Log-probs (or values) of all response tokens of the rows, float32 [batch.num_tokens], no gradient."""
@@ -102,6 +110,14 @@ class TrainEngine(Protocol):
 
     def train_step(self, batch: Batch, update: Update, loss: Loss, *, temperature: float, entropy: bool) -> StepResult:
         """One optimizer step over the micro-batches."""
+        ...
+
+    def forward_wants(self, batch: Batch, micro_batches: MicroBatches) -> int:
+        """Bytes a forward pass wants to find free besides the weights."""
+        ...
+
+    def update_wants(self, batch: Batch, update: Update) -> int:
+        """Bytes an optimizer step wants to find free besides weights and optimizer state."""
         ...
 
     def export_weights(self) -> Iterator[tuple[str, Tensor, tuple[int, ...], int]]:

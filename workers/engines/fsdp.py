@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,11 @@ from transformers import PreTrainedModel
 from workers.batch import Batch, MicroBatch
 from workers.engines.attention import prepare
 from workers.engines.base import EngineSpec, Loss, MicroBatches, StepResult, Update
-from workers.engines.models import compile_layers, decoder_layers, load_model
-from workers.engines.optimizer import begin_state, learning_rate, make_optimizer
+from workers.engines.logprobs import CHUNK_BYTES
+from workers.engines.models import LogprobModel, ValueModel, compile_layers, decoder_layers, load_model
+from workers.engines.optimizer import begin_state, learning_rate, make_optimizer, moments
+from workers.engines.recompute import WORKING_LAYERS, Recompute, estimate, free_bytes, largest
+from workers.engines.residency import Part, local_of
 from workers.normalizers import Normalizers
 
 _NO_NORM = Normalizers(1.0, 1.0)
@@ -30,19 +35,28 @@ _STATE_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 class FSDPEngine:
-    """See `workers.engines.base.TrainEngine`."""
+    """See `workers.engines.base.TrainEngine`. model: what `load` gave, if that was done before."""
 
-    def __init__(self, spec: EngineSpec, mesh: DeviceMesh, device: torch.device) -> None:
+    def __init__(
+        self, spec: EngineSpec, mesh: DeviceMesh, device: torch.device, model: LogprobModel | ValueModel | None = None
+    ) -> None:
         self._spec = spec
         self._device = device
         self._group = mesh.get_group()
-        torch.manual_seed(spec.seed)
-        model = load_model(spec)
+        model = model or load(spec)
         if spec.compile:
             compile_layers(model)
+        self._layers = decoder_layers(model)
+        setting = spec.gradient_checkpointing if spec.optimizer else False
+        self._recompute = Recompute(self._layers, setting, device)
         self._module = _shard(model, spec, mesh)
         self._optimizer = make_optimizer(self._module, spec.optimizer) if spec.optimizer else None
         self._num_updates = 0
+        self._stays_gathered = False
+        weights = [local_of(p) for p in self._module.parameters()]
+        self.parts = {"weights": Part(lambda: weights)}
+        if self._optimizer is not None:
+            self.parts["optimizer"] = Part(partial(moments, self._optimizer))
 
     def forward(self, batch: Batch, micro_batches: MicroBatches, *, temperature: float) -> Tensor:
         """Log-probs or values of every response token, float32 [batch.num_tokens] on the host."""
@@ -58,12 +72,17 @@ class FSDPEngine:
         """Forward, backward and one optimizer step; a non-finite loss or gradient on any rank skips it on all."""
         assert self._optimizer is not None and self._spec.optimizer is not None
         metrics: list[dict[str, Tensor]] = []
+        tokens = [batch.packed_tokens(rows, share_prompt=self._spec.share_prompt) for rows in update.micro_batches]
+        self._fit(max(tokens), len(tokens), begun=False)
         for number, rows in enumerate(update.micro_batches):
-            self._module.set_requires_gradient_sync(number == len(update.micro_batches) - 1)
+            is_last = number == len(update.micro_batches) - 1
+            self._module.set_requires_gradient_sync(is_last)
+            self._module.set_reshard_after_backward(is_last or not self._stays_gathered)
             micro = self._pack(batch, rows, update.norm)
-            outputs, entropies = self._run(micro, temperature, entropy=entropy)
-            value, measured = loss(outputs, entropies, micro)
-            (_spread(value) + 0.0 * outputs.sum()).backward()  # empty micro-batches take part in the collectives
+            with self._measured(len(micro.input_ids), max(tokens), len(tokens)):
+                outputs, entropies = self._run(micro, temperature, entropy=entropy)
+                value, measured = loss(outputs, entropies, micro)
+                (_spread(value) + 0.0 * outputs.sum()).backward()  # empty micro-batches take part in the collectives
             metrics.append(measured if len(rows) else {})
         lr = learning_rate(self._spec.optimizer, self._num_updates)
         grad_norm = self._clip(self._spec.optimizer.clip_grad)
@@ -75,6 +94,18 @@ class FSDPEngine:
         self._optimizer.zero_grad()
         self._num_updates += 1
         return StepResult(reduce_metrics(metrics, self._group), grad_norm, lr, skipped)
+
+    def update_wants(self, batch: Batch, update: Update) -> int:
+        """Bytes an optimizer step wants to find free besides weights and optimizer state, to recompute nothing."""
+        tokens = [batch.packed_tokens(rows, share_prompt=self._spec.share_prompt) for rows in update.micro_batches]
+        layer = self._recompute.layer_bytes or estimate(self._layers)
+        activations = max(tokens, default=0) * layer.whole * (len(self._layers) + WORKING_LAYERS)
+        return int(activations) + self._gradient_bytes(len(tokens)) + self._logits_bytes()
+
+    def forward_wants(self, batch: Batch, micro_batches: MicroBatches) -> int:
+        """Bytes a forward pass wants to find free besides the weights."""
+        tokens = [batch.packed_tokens(rows, share_prompt=self._spec.share_prompt) for rows in micro_batches]
+        return int(max(tokens, default=0) * estimate(self._layers).whole * WORKING_LAYERS) + self._logits_bytes()
 
     def export_weights(self) -> Iterator[tuple[str, Tensor, tuple[int, ...], int]]:
         """This rank's rows of every parameter under its Hugging Face name; dim 0 is what FSDP2 shards."""
@@ -115,9 +146,7 @@ class FSDPEngine:
             for n, p in self._module.named_parameters()
         }
         if dist.get_rank(self._group) == 0:
-            model = self._module.model
-            assert isinstance(model, PreTrainedModel)
-            model.save_pretrained(directory, state_dict=weights)
+            self._pretrained.save_pretrained(directory, state_dict=weights)
         dist.barrier(self._group)
 
     def _state(self) -> dict[str, Any]:
@@ -127,6 +156,62 @@ class FSDPEngine:
         model, optimizer = get_state_dict(self._module, optimizers, options=_STATE_OPTIONS)
         state: dict[str, Any] = {"model": model, "num_updates": torch.tensor(self._num_updates)}
         return state | ({"optimizer": optimizer} if optimizers else {})
+
+    def _fit(self, tokens: int, num_micro_batches: int, *, begun: bool) -> None:
+        """Decides what is recomputed and what stays gathered in an optimizer step; collective.
+
+        tokens: of the largest micro-batch. begun: gradients are allocated already.
+        """
+        free = free_bytes(self._device)
+        if free is None:
+            return
+        room = free - self._logits_bytes() - self._missing_state_bytes()
+        room -= 0 if begun else self._gradient_bytes(num_micro_batches)
+        self._recompute.fit(tokens, room, self._group)
+        layer = self._recompute.layer_bytes
+        if self._spec.sharding.reshard_after_forward != "auto" or layer is None:
+            return
+        whole = tokens * layer.whole * (len(self._layers) + WORKING_LAYERS)
+        lacks = whole + _num_elements(self._module) * getattr(torch, self._spec.sharding.dtype).itemsize > room
+        self._stays_gathered = not largest([float(lacks)], self._group)[0]
+        for part in self._module.model.modules():  # the root's own stay gathered anyway
+            if isinstance(part, FSDPModule):
+                part.set_reshard_after_forward(not self._stays_gathered, recurse=False)
+
+    @contextmanager
+    def _measured(self, tokens: int, most_tokens: int, num_micro_batches: int) -> Iterator[None]:
+        """Around the forward and backward pass of one micro-batch of so many tokens."""
+        if not self._recompute.needs_measuring:
+            yield
+            return
+        with self._recompute.measure(tokens, self._group):
+            yield
+        self._fit(most_tokens, num_micro_batches, begun=True)
+
+    def _gradient_bytes(self, num_micro_batches: int) -> int:
+        """Float32; of the whole parameters while micro-batches add up, of this rank's rows at the end."""
+        if num_micro_batches > 1:
+            return 4 * _num_elements(self._module)
+        return 4 * sum(local.numel() for _, local, _, _ in self.export_weights())
+
+    def _missing_state_bytes(self) -> int:
+        """Of the optimizer's state that the first step makes."""
+        if self._optimizer is None or self._optimizer.state:
+            return 0
+        return 2 * sum(local.numel() * local.element_size() for _, local, _, _ in self.export_weights())
+
+    def _logits_bytes(self) -> int:
+        """What log-probs take: chunks of logits, and the gradient of the output layer."""
+        if self._spec.head != "logprobs":
+            return 0
+        weight: Tensor = self._pretrained.get_output_embeddings().weight
+        return 3 * CHUNK_BYTES[self._device.type] + 6 * weight.numel()
+
+    @property
+    def _pretrained(self) -> PreTrainedModel:
+        model = self._module.model
+        assert isinstance(model, PreTrainedModel)
+        return model
 
     def _pack(self, batch: Batch, rows: Sequence[int], norm: Normalizers) -> MicroBatch:
         return batch.micro_batch(rows, norm, share_prompt=self._spec.share_prompt, device=self._device)
@@ -142,6 +227,12 @@ class FSDPEngine:
         return float(full)
 
 
+def load(spec: EngineSpec) -> LogprobModel | ValueModel:
+    """The spec's model on the host, the same on every rank: each keeps its own rows of weights made at random too."""
+    torch.manual_seed(spec.seed)
+    return load_model(spec)
+
+
 class _ShardedModule(FSDPModule, nn.Module):
     """What fully_shard turns a module into, for type checkers."""
 
@@ -150,16 +241,22 @@ class _ShardedModule(FSDPModule, nn.Module):
 
 def _shard(module: nn.Module, spec: EngineSpec, mesh: DeviceMesh) -> _ShardedModule:
     """fully_shard on every layer that is large enough, then on the root; gradients are summed over ranks."""
+    reshard = spec.sharding.reshard_after_forward is not False
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, spec.sharding.dtype), reduce_dtype=torch.float32)
     for layer in decoder_layers(module):
         if sum(p.numel() for p in layer.parameters()) >= spec.sharding.wrap_min_num_params:
-            fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=spec.sharding.reshard_after_forward)
-    root = fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=spec.sharding.reshard_after_forward)
+            fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    root = fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     for part in module.modules():  # the module itself: fully_shard changes it in place
         if isinstance(part, FSDPModule):
             part.set_force_sum_reduction_for_comms(True)
             part.set_gradient_divide_factor(1.0)
     return root  # type: ignore[return-value]
+
+
+def _num_elements(module: nn.Module) -> int:
+    """Of all parameters, whole."""
+    return sum(p.numel() for p in module.parameters())
 
 
 def reduce_metrics(metrics: list[dict[str, Tensor]], group: dist.ProcessGroup) -> dict[str, float]:

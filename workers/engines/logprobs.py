@@ -2,6 +2,9 @@
 
 logits = hidden @ weight.T / temperature are made a chunk of rows at a time, in forward and again in backward, so peak
 memory grows with the chunk and not with tokens times vocabulary. Only response tokens get logits at all.
+
+The normaliser of a softmax is kept as the largest logit of the row and the logarithm of the sum beside it. Their sum is
+as large as the logits and rounded at that size; log p = (logit - largest) - log_sum is not.
 """
 
 from __future__ import annotations
@@ -11,50 +14,60 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 """Logits of one chunk, float32. Every chunk adds to the gradient of the whole weight, so few large ones are fast."""
+FLOAT32_LOGITS = Version(torch.__version__) >= Version("2.10")
+"""On a GPU, logits of half-precision states leave the matrix product in float32, not rounded to half precision first.
+False: rounded, and half as many bytes are written and read. PyTorch 2.8 and 2.9 can do it, but not compiled."""
 
 
 class _Kernels(NamedTuple):
     """What is done with the logits of one chunk."""
 
-    forward: Callable[..., tuple[Tensor, Tensor]]
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     entropy: Callable[..., Tensor]
     gradient: Callable[..., Tensor]
 
 
-def _forward_chunk(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(log-probs of the targets, log of the normaliser)."""
+def _forward_chunk(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probs of the targets, largest logits, logarithms of the sums beside them), [R] each."""
     logits = _logits(hidden, weight, temperature)
-    log_z = torch.logsumexp(logits, dim=-1)
-    return logits.gather(-1, targets[:, None]).squeeze(-1) - log_z, log_z
+    chosen = logits.gather(-1, targets[:, None])
+    largest = logits.amax(-1, keepdim=True)
+    log_sum = logits.sub_(largest).exp_().sum(-1, keepdim=True).log()  # as inductor knows it: one pass with `amax`
+    return (chosen - largest - log_sum).squeeze(-1), largest.squeeze(-1), log_sum.squeeze(-1)
 
 
-def _entropy_chunk(hidden: Tensor, weight: Tensor, log_z: Tensor, temperature: float) -> Tensor:
-    logp = _logits(hidden, weight, temperature) - log_z[:, None]
-    return -(torch.exp(logp) * logp).sum(-1)  # log_z - sum(p * logits) would cancel
+def _entropy_chunk(hidden: Tensor, weight: Tensor, largest: Tensor, log_sum: Tensor, temperature: float) -> Tensor:
+    """Means of the logits below the largest, [R]; entropy = log_sum - mean, two terms that do not cancel."""
+    below = _logits(hidden, weight, temperature) - largest[:, None]
+    return (torch.exp(below - log_sum[:, None]) * below).sum(-1)
 
 
 def _logits_gradient(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    log_z: Tensor,
+    largest: Tensor,
+    log_sum: Tensor,
     grad_logprobs: Tensor,
     entropy: tuple[Tensor, Tensor] | None,
     temperature: float,
 ) -> Tensor:
-    """Of the undivided logits, in hidden's dtype. entropy: (entropies, their gradient).
+    """Of the undivided logits, in hidden's dtype. entropy: (`_entropy_chunk`'s means, gradients of the entropies).
 
-    d logprob / d logits = onehot - p;  d entropy / d logits = -p * (log p + entropy).
+    d logprob / d logits = onehot - p;  d entropy / d logits = -p * (log p + entropy) = -p * (below - mean).
     """
-    logp = _logits(hidden, weight, temperature) - log_z[:, None]
+    below = _logits(hidden, weight, temperature) - largest[:, None]
     factor = -grad_logprobs[:, None]
     if entropy is not None:
-        factor = factor - (logp + entropy[0][:, None]) * entropy[1][:, None]
-    grad = torch.exp(logp) * factor
+        factor = factor - (below - entropy[0][:, None]) * entropy[1][:, None]
+    grad = torch.exp(below - log_sum[:, None]) * factor
     if hidden.device.type == "cpu":
         grad.scatter_add_(-1, targets[:, None], grad_logprobs[:, None])
     else:  # a comparison is fused with the rest, a scatter is not
@@ -78,28 +91,30 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool, chunk: int
     ) -> tuple[Tensor, Tensor]:
         logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        log_z = torch.empty_like(logprobs)
-        entropies = torch.empty_like(logprobs) if entropy else logprobs.new_empty(0)
+        largest, log_sum = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        means = torch.empty_like(logprobs) if entropy else logprobs.new_empty(0)
         kernels = _kernels(hidden.device.type)
         for rows in _chunks(len(targets), chunk):
-            logprobs[rows], log_z[rows] = kernels.forward(hidden[rows], weight, targets[rows], temperature)
+            found = kernels.forward(hidden[rows], weight, targets[rows], temperature)
+            logprobs[rows], largest[rows], log_sum[rows] = found
             if entropy:
-                entropies[rows] = kernels.entropy(hidden[rows], weight, log_z[rows], temperature)
-        ctx.save_for_backward(hidden, weight, targets, log_z, entropies)
+                means[rows] = kernels.entropy(hidden[rows], weight, largest[rows], log_sum[rows], temperature)
+        ctx.save_for_backward(hidden, weight, targets, largest, log_sum, means)
         ctx.settings = (temperature, entropy, chunk)
-        return logprobs, entropies
+        return logprobs, (log_sum - means if entropy else means)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, log_z, entropies = ctx.saved_tensors
+        hidden, weight, targets, largest, log_sum, means = ctx.saved_tensors
         temperature, entropy, chunk = ctx.settings
         grad_logprobs, grad_entropy = grads
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         gradient = _kernels(hidden.device.type).gradient
         for rows in _chunks(len(targets), chunk):
-            part = (entropies[rows], grad_entropy[rows]) if entropy else None
-            grad = gradient(hidden[rows], weight, targets[rows], log_z[rows], grad_logprobs[rows], part, temperature)
+            part = (means[rows], grad_entropy[rows]) if entropy else None
+            rowwise = (targets[rows], largest[rows], log_sum[rows], grad_logprobs[rows])
+            grad = gradient(hidden[rows], weight, *rowwise, part, temperature)
             grad_hidden[rows] = grad @ weight
             grad_weight += grad.t() @ hidden[rows]
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
@@ -119,7 +134,11 @@ def token_logprobs(
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    logits = (hidden @ weight.t()).float()
+    """Float32 [R, vocabulary], its own memory."""
+    if FLOAT32_LOGITS and hidden.device.type == "cuda" and hidden.dtype != torch.float32:
+        logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    else:
+        logits = (hidden @ weight.t()).float()
     return logits if temperature == 1.0 else logits / temperature
 
 

@@ -5,6 +5,11 @@ The head is part of the module's forward: a sharding engine sees one root module
 
 from __future__ import annotations
 
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -65,7 +70,7 @@ def load_model(spec: EngineSpec) -> LogprobModel | ValueModel:
         trust_remote_code=spec.trust_remote_code,
     )
     if spec.gradient_checkpointing and spec.optimizer is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # what is recomputed: recompute.Recompute
     wrapped = LogprobModel(model) if spec.head == "logprobs" else ValueModel(model)
     return wrapped.train(spec.optimizer is not None)
 
@@ -80,7 +85,33 @@ def compile_layers(module: nn.Module) -> None:
     """Compiles the body of every decoder layer; hooks (FSDP's) stay outside. Layers share what is compiled."""
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     for layer in decoder_layers(module):
+        _rotate_rows_first({type(part).__module__ for part in layer.modules()})
         layer.forward = torch.compile(layer.forward, dynamic=True)
+
+
+def _rotate_rows_first(modules: Iterable[str]) -> None:
+    """Lets a model's `apply_rotary_pos_emb` work on [1, tokens, heads, dim], which it can, and changes no number.
+
+    transformers calls it with heads first. Compiled for any number of tokens, its kernel would then divide by that
+    number for every element, and write what attention has to read in another order.
+    """
+    for module in (sys.modules[name] for name in modules):
+        rotate = getattr(module, "apply_rotary_pos_emb", None)
+        if rotate is None or hasattr(rotate, "rows_first"):
+            continue
+        if "unsqueeze_dim" in inspect.signature(rotate).parameters:
+            module.apply_rotary_pos_emb = _rows_first(rotate)  # type: ignore[attr-defined]
+
+
+def _rows_first(rotate: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        if others or options:
+            return rotate(q, k, cos, sin, *others, **options)
+        q_rotated, k_rotated = rotate(q.transpose(1, 2), k.transpose(1, 2), cos, sin, unsqueeze_dim=2)
+        return q_rotated.transpose(1, 2), k_rotated.transpose(1, 2)
+
+    apply.rows_first = True  # type: ignore[attr-defined]
+    return apply
 
 
 def _predicting_states(body: nn.Module, micro: MicroBatch, layout: PackedLayout) -> Tensor:

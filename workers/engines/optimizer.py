@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from workers.engines.base import OptimizerSpec
+from workers.engines.residency import local_of
 
 
 def make_optimizer(module: nn.Module, spec: OptimizerSpec) -> torch.optim.AdamW:
@@ -32,6 +33,11 @@ def begin_state(optimizer: torch.optim.AdamW) -> None:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+
+
+def moments(optimizer: torch.optim.AdamW) -> list[Tensor]:
+    """This rank's exp_avg and exp_avg_sq, as many as there are; the step counts are no size."""
+    return [local_of(state[name]) for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
 
 
 def learning_rate(spec: OptimizerSpec, step: int) -> float:

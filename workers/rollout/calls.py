@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from workers.group import DEATHS, WorkerError, WorkerLost
+from workers.group import failure
 from workers.protocol import IntArray, SequenceMeta, split
 from workers.rollout.spec import GenerateRequest, GenerateStats
 from workers.rollout.watch import GROUP, Pulse
@@ -68,7 +68,5 @@ class GenerateCall:
     def _get(self, ref: Any) -> Any:
         try:
             return ray.get(ref)
-        except DEATHS as death:
-            raise WorkerLost(GROUP, self.rank, "generate", f"the worker process died: {death}") from death
         except Exception as error:
-            raise WorkerError(f"{GROUP} rank {self.rank}, generate: {error}") from error
+            raise failure(GROUP, self.rank, "generate", error) from error

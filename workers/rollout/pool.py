@@ -56,6 +56,7 @@ class _Replica:
 
 class RolloutPool:
     """Owns the replicas. start: starts the one of a rank, and returns at once; observe: takes every reading.
+    make_room: called before another is started in a run; frees what others on its devices can do without.
 
     Replacement: the old processes are ended, a new replica starts in their place, and gets the weights of the last
     `update`, before it generates at the latest.
@@ -65,12 +66,14 @@ class RolloutPool:
         self, start: Callable[[int], Any], num_replicas: int, *, limits: PoolLimits, observe: Callable[[Reading], None]
     ) -> None:
         self._start = start
+        self.make_room: Callable[[], None] = lambda: None
         self.limits = limits
         self.observe = observe
         self._replicas = [self._new(rank) for rank in range(num_replicas)]
         self._publish: Callable[[WorkerGroup], Any] | None = None
         self._stale = set(range(num_replicas))
         self._replaced = 0
+        self._peaks: dict[str, int] = {}
         self.peak_bytes = 0
 
     def __len__(self) -> int:
@@ -100,13 +103,27 @@ class RolloutPool:
                 self._stale.clear()
                 return report
 
-    def sleep(self) -> None:
-        """All replicas give memory back."""
-        self._broadcast(VllmReplica.sleep)
+    def close(self) -> None:
+        """Ends all replicas; returns when their processes are gone and their devices free."""
+        for replica in self._replicas:
+            ray.kill(replica.actor)  # first, so that Ray does not take its end for an accident
+            if replica.family is not None:
+                end_family(replica.family, GROUP, replica.rank)
+
+    def sleep(self, *, keep_weights: bool = False) -> dict[str, int]:
+        """All replicas give memory back; returns how much one will take again at most, by tag. keep_weights: in host
+        memory, where no weight sync follows."""
+        answers = self._broadcast(VllmReplica.sleep, keep_weights)
+        return {tag: max(answer[tag] for answer in answers) for tag in answers[0]}
 
     def wake(self, tag: str) -> None:
         """All replicas take memory again, for "weights" or "kv_cache"; a new one has it."""
-        self._broadcast(VllmReplica.wake, tag)
+        self._note_peak("sync", max(self._broadcast(VllmReplica.wake, tag)))
+
+    def take_peaks(self) -> dict[str, int]:
+        """Since the last call: most bytes in use by everyone on a replica's device, in "generate" and in "sync"."""
+        peaks, self._peaks = self._peaks, {}
+        return peaks
 
     def generate(self, requests: Sequence[GenerateRequest]) -> Iterator[Chunk]:
         """Chunks of all replicas as they finish; requests: one per replica.
@@ -166,6 +183,7 @@ class RolloutPool:
         if old.family is not None:
             end_family(old.family, GROUP, rank)
         ray.kill(old.actor)
+        self.make_room()
         self._replicas[rank] = self._new(rank)
         self._stale.add(rank)
         self._await([self._replicas[rank]])
@@ -187,17 +205,27 @@ class RolloutPool:
         self._publish(self._group([rank]))
         self._stale.discard(rank)
 
-    def _broadcast(self, method: Callable[..., None], *args: object) -> None:
+    def _broadcast(self, method: Callable[..., T], *args: object) -> list[T]:
         """The same call on every replica; a replica that is lost is replaced, and the new one called."""
         calls = [self._group([rank]).broadcast(method, *args) for rank in range(len(self))]
+        answers: list[T] = []
         for rank, call in enumerate(calls):
             while True:
                 try:
-                    call.result(self.limits.update_timeout_s)
+                    answers += call.result(self.limits.update_timeout_s)
                     break
                 except WorkerLost as lost:
                     self.mend(lost)
                     call = self._group([rank]).broadcast(method, *args)
+        return answers
+
+    def note_generated(self, stats: GenerateStats) -> None:
+        """Takes the statistics of a generate call."""
+        self.peak_bytes = max(self.peak_bytes, stats.peak_bytes)
+        self._note_peak("generate", stats.device_peak_bytes)
+
+    def _note_peak(self, phase: str, num_bytes: int) -> None:
+        self._peaks[phase] = max(self._peaks.get(phase, 0), num_bytes)
 
     def _group(self, ranks: Sequence[int]) -> WorkerGroup:
         """Some replicas, watched while a call to them is waited for."""
@@ -258,7 +286,7 @@ class _Round:
         item = call.take()
         if isinstance(item, GenerateStats):
             del self._calls[call.rank]
-            self._pool.peak_bytes = max(self._pool.peak_bytes, item.peak_bytes)
+            self._pool.note_generated(item)
             for reading in call.pulse.last():
                 self._pool.observe(reading)
             return None

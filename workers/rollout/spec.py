@@ -15,7 +15,7 @@ class RolloutSpec:
 
     device: "cpu" or "cuda"; devices: the CUDA devices the replica may see (empty on CPU). sleep_level "auto": 2 where
     memory is to be given back (free_cache_engine) and can be. auto_adapt: go around what the installed vLLM
-    lacks, and say so; else refuse.
+    lacks, and say so; else refuse. deterministic: the same requests get the same tokens in another run.
     """
 
     model_path: str
@@ -40,6 +40,7 @@ class RolloutSpec:
     seed: int
     threads: int
     auto_adapt: bool = True
+    deterministic: bool = False
     engine_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -81,11 +82,13 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True)
 class GenerateStats:
-    """One generate call of one replica: seconds in the engine, tokens generated, largest memory held (bytes)."""
+    """One generate call of one replica: seconds in the engine, tokens generated, and the most memory in use, in bytes:
+    by the replica, and by everyone on its device."""
 
     seconds: float
     tokens: int
     peak_bytes: int
+    device_peak_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,12 @@ from workers.train_worker import TrainWorker
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """One weight sync: version now held by every replica, parameters and bytes sent to each."""
+    """One weight sync: version now held by every replica; parameters, bytes and buckets sent to each."""
 
     version: int
     parameters: int
     num_bytes: int
+    num_buckets: int
 
 
 class WeightSync:
@@ -66,4 +67,5 @@ def _verified(buckets: list[Bucket], reports: dict[int, UpdateReport], version: 
     for rank, report in reports.items():
         if report.checksum is not None and report.checksum != sent:
             raise WorkerError(f"weight sync {version}: replica {rank} does not hold the trainers' weights (checksum)")
-    return SyncReport(version, next(iter(reports.values())).parameters, sum(b.num_bytes for b in buckets))
+    parameters = next(iter(reports.values())).parameters
+    return SyncReport(version, parameters, sum(b.num_bytes for b in buckets), len(buckets))

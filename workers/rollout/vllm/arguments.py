@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from workers.determinism import ENVIRONMENT
 from workers.rollout.spec import RolloutSpec, SamplingSpec
 from workers.rollout.vllm.capabilities import OLDEST, Capabilities, first_with
 
@@ -72,7 +73,7 @@ class EnginePlan:
 
 def plan_engine(spec: RolloutSpec, can: Capabilities, environ: Mapping[str, str], *, rank: int = 0) -> EnginePlan:
     """The engine of replica `rank` with these settings, on a vLLM with these capabilities."""
-    fitted = [*_fit_cache(spec, can), *_fit_environment(spec, can, environ)]
+    fitted = [*_fit_cache(spec, can), *_fit_environment(spec, can, environ), *_fit_determinism(spec, can)]
     arguments = _arguments(spec, can, rank)
     variables = _environment(spec, can, environ)
     for fit in fitted:
@@ -214,6 +215,33 @@ def _fit_environment(spec: RolloutSpec, can: Capabilities, environ: Mapping[str,
                 f"expandable segments before {first_with('expandable_segments_with_sleep')}"
             )
             yield _Fit(text, environment={name: None})
+
+
+def _fit_determinism(spec: RolloutSpec, can: Capabilities) -> Iterator[_Fit]:
+    """What vLLM decides by the clock, or by what is free at the moment.
+
+    Batches need not be invariant: requests come in one order, so in every run the same ones are computed together.
+    """
+    if not spec.deterministic:
+        return
+    if can.schedules_by_time:
+        yield _Fit("", arguments={"async_scheduling": False})
+    if spec.device == "cpu":
+        return
+    yield _Fit("", environment=dict(ENVIRONMENT))
+    if "VLLM_ALLREDUCE_USE_SYMM_MEM" in can.environment:
+        yield _Fit("", environment={"VLLM_ALLREDUCE_USE_SYMM_MEM": "0"})  # the switch adds up, as with NVLS
+    if "enable_flashinfer_autotune" in can.engine_arguments:
+        yield _Fit("", arguments={"enable_flashinfer_autotune": False})
+    if can.combo_kernels:  # as vLLM has it, but for their timing
+        combined = {"combo_kernels": True, "benchmark_combo_kernel": False}
+        yield _Fit("", arguments={"compilation_config": {"inductor_compile_config": combined}})
+    if spec.kv_cache_gb is None:
+        yield _Fit(
+            f"trainer.full_determinism=true: {ROLLOUT}.kv_cache_gb=null sizes the KV cache by what is free when vLLM "
+            "starts, and where it runs short (rollout/preemptions above 0) its size decides what is computed together; "
+            f"set {ROLLOUT}.kv_cache_gb"
+        )
 
 
 def _impossible(spec: RolloutSpec, can: Capabilities) -> Iterator[str]:

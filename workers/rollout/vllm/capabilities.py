@@ -61,6 +61,8 @@ class Capabilities:
     cpu_wants_preload: it does not start unless LD_PRELOAD names an allocator and an OpenMP library.
     cudagraph_mode: kinds of CUDA graphs can be chosen. attention_argument: the attention backend is an argument.
     needs_patches: the three patches that 0.7 asks for. expandable_segments: sleep mode bears that allocator setting.
+    schedules_by_time: with asynchronous scheduling, what is computed together hangs on whether a step has ended yet.
+    combo_kernels: it lets inductor combine kernels where that measures faster.
     """
 
     version: Version
@@ -85,6 +87,8 @@ class Capabilities:
     attention_argument: bool
     needs_patches: bool
     expandable_segments: bool
+    schedules_by_time: bool
+    combo_kernels: bool
 
     @property
     def known(self) -> bool:
@@ -136,6 +140,8 @@ def look_up(sources: Sources, version: Version, device: Device = "cuda") -> Capa
         attention_argument="attention_backend" in arguments,
         needs_patches=not _since("launcher_free_of_patches", version),
         expandable_segments=_since("expandable_segments_with_sleep", version),
+        schedules_by_time="batch_queue[-1][0].done()" in sources.text("v1.engine.core"),
+        combo_kernels='inductor_compile_config["combo_kernels"]' in sources.text("config.compilation"),
     )
 
 

@@ -32,6 +32,9 @@ CHUNK_S = 0.2
 
 _PLAIN = (str, int, float, bytes, bool, type(None))
 
+TAGS = ("weights", "kv_cache")
+"""Memory that sleeps, in the order in which it wakes."""
+
 Finished = tuple[int, IntArray, Any]
 """Group number, prompt ids, vLLM's RequestOutput."""
 
@@ -41,7 +44,7 @@ class Engine:
 
     def __init__(self, plan: EnginePlan, can: Capabilities) -> None:
         self._can = can
-        self._sleep_level = plan.sleep_level
+        self.sleep_level = plan.sleep_level
         self._asleep: set[str] = set()
         _set_environment(plan)
         with _callers_generators_kept():
@@ -92,16 +95,21 @@ class Engine:
         _check_plain(args, method)
         return self._llm.collective_rpc(method, args=args)
 
-    def sleep(self, level: int | None = None) -> None:
-        """Gives memory back; level None: the plan's. Level 0 does nothing."""
-        level = self._sleep_level if level is None else level
+    def sleep(self, level: int | None = None) -> dict[str, int]:
+        """Gives memory back; level None: the plan's. Level 0 does nothing.
+
+        Returns the bytes that each tag will take again on a device, the most of any worker's.
+        """
+        level = self.sleep_level if level is None else level
         if not level:
-            return
+            return dict.fromkeys(TAGS, 0)
+        before = self.rpc("tandem_memory")
         if level == 2 and not self._can.sleep_keeps_buffers:
             self.rpc("tandem_save_buffers")
         if self._sleeps:
             self._llm.sleep(level=level)
-        self._asleep = {"weights", "kv_cache"}
+        self._asleep = set(TAGS)
+        return given_back(before, self.rpc("tandem_memory"))
 
     def wake(self, tag: str) -> None:
         """Takes memory again for "weights" or "kv_cache"; nothing happens if it has it."""
@@ -215,6 +223,13 @@ class Engine:
         self._pending.clear()
         while self._engine.has_unfinished_requests():
             self._engine.step()
+
+
+def given_back(before: Sequence[Sequence[int]], after: Sequence[Sequence[int]]) -> dict[str, int]:
+    """Bytes by tag, from each worker's (free bytes, parameter bytes) before and after: what is no weight is cache."""
+    freed = [max(0, late[0] - early[0]) for early, late in zip(before, after, strict=True)]
+    weights = [min(size, worker[1]) for size, worker in zip(freed, before, strict=True)]
+    return {"weights": max(weights), "kv_cache": max(f - w for f, w in zip(freed, weights, strict=True))}
 
 
 def _scheduler(engine: Any, can: Capabilities) -> Any:

@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from workers.memory import CudaMeter
 from workers.sync.buckets import BucketReader
 from workers.sync.checksum import checksum
 
@@ -122,12 +124,26 @@ class TandemWorkerExtension:
         self._tandem_buffers = {}
 
     def tandem_seed(self, seed: int) -> None:
-        """Seeds the sampler for the next generate call."""
+        """Seeds the sampler for the next generate call; model runner V2 draws a seed per request from NumPy."""
         torch.manual_seed(seed)
+        np.random.seed(seed % (1 << 32))
 
-    def tandem_peak_bytes(self) -> int:
-        """Largest amount of accelerator memory this worker has held (0 on CPU)."""
-        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    def tandem_begin_call(self) -> None:
+        """From here on `tandem_peaks` counts."""
+        if torch.cuda.is_available():
+            CudaMeter().begin()
+
+    def tandem_peaks(self) -> list[int]:
+        """Largest amounts of accelerator memory held by this worker, and by everyone on its device (0, 0 on CPU)."""
+        if not torch.cuda.is_available():
+            return [0, 0]
+        return [CudaMeter().own_peak_bytes(), CudaMeter().peak_bytes()]
+
+    def tandem_memory(self) -> list[int]:
+        """Free bytes of this worker's device, and bytes of the model's parameters (0, 0 on CPU)."""
+        if not torch.cuda.is_available():
+            return [0, 0]
+        return [torch.cuda.mem_get_info()[0], sum(p.nbytes for p in _parameters(self.model_runner.model).values())]
 
 
 def _restore_loaders(model: nn.Module) -> None:

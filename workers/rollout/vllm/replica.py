@@ -6,6 +6,7 @@ import os
 import resource
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import ray
 
@@ -15,6 +16,7 @@ from workers.rollout.vllm.arguments import plan_engine
 from workers.rollout.vllm.capabilities import of_installed
 from workers.rollout.vllm.engine import Engine
 from workers.rollout.vllm.outputs import to_block
+from workers.shortage import out_of_memory_explained
 
 CONCURRENCY_GROUPS = {"control": 1}
 """Ray's threads besides the one that generates and takes weights."""
@@ -25,6 +27,7 @@ class VllmReplica:
 
     def __init__(self, spec: RolloutSpec, rank: int) -> None:
         self._rank = rank
+        self._device = spec.device
         self._version = -1
         can = of_installed(spec.device)
         self._engine = Engine(plan_engine(spec, can, os.environ, rank=rank), can)
@@ -38,14 +41,16 @@ class VllmReplica:
         at the end. A block holds all responses of its prompts."""
         started = time.perf_counter()
         tokens = 0
-        self._engine.rpc("tandem_seed", request.seed + self._rank)
-        prompts = split(request.token_ids, request.lengths)
-        for finished in self._engine.generate(prompts, request.groups.tolist(), request.sampling):
-            block = to_block(finished, self._version)
-            tokens += len(block.response_ids)
-            yield block
-            yield block.meta
-        yield GenerateStats(time.perf_counter() - started, tokens, self._peak_bytes())
+        with self._explained("generate"):
+            self._engine.rpc("tandem_begin_call")
+            self._engine.rpc("tandem_seed", request.seed + self._rank)
+            prompts = split(request.token_ids, request.lengths)
+            for finished in self._engine.generate(prompts, request.groups.tolist(), request.sampling):
+                block = to_block(finished, self._version)
+                tokens += len(block.response_ids)
+                yield block
+                yield block.meta
+        yield GenerateStats(time.perf_counter() - started, tokens, *self._peaks())
 
     def begin_update(self) -> None:
         """Gets ready for new weights."""
@@ -53,7 +58,8 @@ class VllmReplica:
 
     def load_bucket(self, messages: list[dict[str, object]]) -> None:
         """Loads one bucket of parameters from all training ranks."""
-        self._engine.rpc("tandem_load_bucket", messages)
+        with self._explained("load_bucket"):
+            self._engine.rpc("tandem_load_bucket", messages)
 
     def finish_update(self, version: int) -> UpdateReport:
         """Checks the update, forgets cached prefixes and takes the new version number."""
@@ -62,13 +68,17 @@ class VllmReplica:
         self._version = version
         return UpdateReport(reports[0]["parameters"], reports[0]["checksum"] if len(reports) == 1 else None)
 
-    def sleep(self) -> None:
-        """Gives device memory back, as far as the plan's sleep level says."""
-        self._engine.sleep()
+    def sleep(self, keep_weights: bool = False) -> dict[str, int]:
+        """Gives device memory back, as far as the plan's sleep level says; returns how much will be taken again by
+        waking "weights" and "kv_cache", in bytes of one device. keep_weights: in host memory, for no sync follows."""
+        return self._engine.sleep(1 if keep_weights and self._engine.sleep_level else None)
 
-    def wake(self, tag: str) -> None:
-        """Takes memory again for "weights" or "kv_cache"."""
-        self._engine.wake(tag)
+    def wake(self, tag: str) -> int:
+        """Takes memory again for "weights" or "kv_cache"; returns the bytes then in use on the device, by everyone."""
+        with self._explained("wake"):
+            self._engine.rpc("tandem_begin_call")
+            self._engine.wake(tag)
+        return self._peaks()[1]
 
     @ray.method(concurrency_group="control")
     def status(self) -> ReplicaStatus:
@@ -90,6 +100,13 @@ class VllmReplica:
         """Ends it; what has finished is given out."""
         self._engine.abort()
 
-    def _peak_bytes(self) -> int:
-        device = max(self._engine.rpc("tandem_peak_bytes"))
-        return device or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    def _peaks(self) -> tuple[int, int]:
+        """Bytes since the last tandem_begin_call: this replica's own, and those of everyone on its device."""
+        own, everyone = (max(column) for column in zip(*self._engine.rpc("tandem_peaks"), strict=True))
+        process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return own or process, everyone or process
+
+    def _explained(self, call: str) -> AbstractContextManager[None]:
+        from workers.memory import meter_of  # torch must not be there before the engine has set its environment
+
+        return out_of_memory_explained(call, "", meter_of(self._device).memory)

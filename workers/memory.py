@@ -1,0 +1,206 @@
+"""Memory of one device, shared by the training roles of this process and by others (vLLM replicas).
+
+What fits stays on the device. What does not is evicted to host memory, only when somebody needs the room, and only as
+far as that: what is free is measured, not predicted. Every use of an engine says what of it must be there:
+
+    with memory.use("update", "actor", ("weights", "optimizer"), wanted_bytes=...):
+        ...
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import psutil
+import torch
+
+from workers.engines.residency import Part
+from workers.shortage import out_of_memory_explained
+
+Offload = Literal["auto"] | bool
+"""When a part leaves the device: "auto": for room that somebody needs; True: after each use; False: never."""
+
+SPARE_BYTES = 512 << 20
+"""Room besides what is asked for: what allocators round up, and libraries take for themselves."""
+
+
+class Meter(Protocol):
+    """Readings of one device, of all processes that use it."""
+
+    def memory(self) -> tuple[int, int]:
+        """Free and total bytes, after this process has given back what it only caches."""
+        ...
+
+    def begin(self) -> None:
+        """From here on `peak_bytes` counts."""
+        ...
+
+    def peak_bytes(self) -> int:
+        """Most bytes in use by all processes, as far as this one can tell: what others take and give back meanwhile
+        is not seen."""
+        ...
+
+    def own_peak_bytes(self) -> int:
+        """Most bytes that this process has held."""
+        ...
+
+
+class CudaMeter:
+    """The current CUDA device."""
+
+    def memory(self) -> tuple[int, int]:
+        """From the driver."""
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()
+
+    def begin(self) -> None:
+        """Forgets the allocator's peaks."""
+        torch.cuda.reset_peak_memory_stats()
+
+    def peak_bytes(self) -> int:
+        """In use now, with this process at its peak."""
+        free, total = torch.cuda.mem_get_info()
+        return total - free - torch.cuda.memory_reserved() + torch.cuda.max_memory_reserved()
+
+    def own_peak_bytes(self) -> int:
+        """Allocated."""
+        return torch.cuda.max_memory_allocated()
+
+
+class HostMeter:
+    """A CPU's memory; the peak is this process's since it started."""
+
+    def memory(self) -> tuple[int, int]:
+        """Of the machine."""
+        memory = psutil.virtual_memory()
+        return int(memory.available), int(memory.total)
+
+    def begin(self) -> None:
+        """Nothing: a resident set has no peak that could be forgotten."""
+
+    def peak_bytes(self) -> int:
+        """This process's own."""
+        return self.own_peak_bytes()
+
+    def own_peak_bytes(self) -> int:
+        """Resident."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def meter_of(device_type: str) -> Meter:
+    """Of "cpu" or "cuda"."""
+    return CudaMeter() if device_type == "cuda" else HostMeter()
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReport:
+    """One device: the peak of each kind of call, the most that was away of each part ("actor_optimizer"), its size."""
+
+    peaks: dict[str, int]
+    offloaded: dict[str, int]
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Tenant:
+    """A part, whose it is, and when it may be evicted. turn: the lowest goes first."""
+
+    role: str
+    name: str
+    part: Part
+    offload: Offload
+    turn: int
+
+
+class DeviceMemory:
+    """Knows every part of every role on a device; brings in what is used, and makes room. spare_bytes: more of it."""
+
+    def __init__(self, meter: Meter, *, spare_bytes: int = SPARE_BYTES) -> None:
+        self.meter = meter
+        self._spare_bytes = spare_bytes
+        self._tenants: list[_Tenant] = []
+        self._peaks: dict[str, int] = {}
+        self._offloaded: dict[str, int] = {}
+
+    def add(self, role: str, parts: Mapping[str, Part], offload: Mapping[str, Offload]) -> None:
+        """Takes charge of a role's parts, "weights" and, of a trained one, "optimizer". offload: of each."""
+        for name, part in parts.items():
+            turn = _turn(name, is_trained="optimizer" in parts)
+            self._tenants.append(_Tenant(role, name, part, offload[name], turn))
+        self._tenants.sort(key=lambda tenant: tenant.turn)
+
+    @contextmanager
+    def use(
+        self, call: str, role: str, names: Sequence[str], *, wanted_bytes: int = 0, keep: bool = False
+    ) -> Iterator[None]:
+        """Inside, these parts of a role are on the device, with `wanted_bytes` free if that can be had.
+
+        keep: the same is used again at once. Raises OutOfMemory with the figures if memory runs out inside.
+        """
+        self.meter.begin()
+        with out_of_memory_explained(call, role, self.meter.memory):
+            self._ensure([t for t in self._tenants if t.role == role and t.name in names], wanted_bytes)
+            yield
+        self._peaks[call] = max(self._peaks.get(call, 0), self.meter.peak_bytes())
+        if not keep:
+            self._settle(role)
+
+    def make_room(self, num_bytes: int) -> None:
+        """Evicts until `num_bytes` are free for another process, or nothing more can go."""
+        self._evict_for(num_bytes, ())
+
+    def report(self, *, take: bool) -> MemoryReport:
+        """What happened since the last report that was taken."""
+        offloaded = {name: size for name, size in self._offloaded.items() if size}
+        report = MemoryReport(dict(self._peaks), offloaded, self.meter.memory()[1])
+        if take:
+            self._peaks, self._offloaded = {}, {}
+            self._note()
+        return report
+
+    def _ensure(self, required: Sequence[_Tenant], wanted_bytes: int) -> None:
+        wanted = wanted_bytes + _unmade_bytes(required)
+        away = sum(tenant.part.away_bytes for tenant in required)
+        if wanted or away:
+            self._evict_for(wanted + away, required)
+        for tenant in required:
+            tenant.part.restore()
+
+    def _evict_for(self, num_bytes: int, required: Sequence[_Tenant]) -> None:
+        for tenant in self._tenants:
+            if tenant.offload is False or tenant in required:
+                continue
+            while (missing := num_bytes + self._spare_bytes - self.meter.memory()[0]) > 0:
+                if not tenant.part.evict(missing):
+                    break
+        self._note()
+
+    def _settle(self, role: str) -> None:
+        """After a use: what is offloaded always goes, and what is cached is given back: others see what is free."""
+        for tenant in self._tenants:
+            if tenant.role == role and tenant.offload is True:
+                tenant.part.evict(tenant.part.resident_bytes)
+        self.meter.memory()
+        self._note()
+
+    def _note(self) -> None:
+        for tenant in self._tenants:
+            name = f"{tenant.role}_{tenant.name}"
+            self._offloaded[name] = max(self._offloaded.get(name, 0), tenant.part.away_bytes)
+
+
+def _turn(name: str, *, is_trained: bool) -> int:
+    """Optimizer state is used once a step, as frozen weights are, and trained weights for each sync besides."""
+    if name == "weights":
+        return 2 if is_trained else 0
+    return 1
+
+
+def _unmade_bytes(required: Sequence[_Tenant]) -> int:
+    """Optimizer state that the first step will make: two moments of each weight."""
+    sizes = {tenant.name: tenant.part.resident_bytes + tenant.part.away_bytes for tenant in required}
+    return 2 * sizes.get("weights", 0) if sizes.get("optimizer") == 0 else 0
