@@ -163,7 +163,7 @@ class TrainWorker:
         if self._device_type == "cpu":
             offload = {name: when is True for name, when in offload.items()}
         self._device_memory.add(role, engine.parts, offload)
-        return sum(int(np.prod(shape)) for _, _, shape, _ in engine.export_weights())
+        return sum(int(np.prod(shape)) for _, _, shape, *_ in engine.export_weights())
 
     def make_room(self, num_bytes: int) -> None:
         """Frees so much of the device for another process, as far as parts may leave it."""
@@ -180,12 +180,12 @@ class TrainWorker:
         columns: Sequence[Column],
         micro_batches: MicroBatches,
         temperature: float,
-    ) -> tuple[int, FlatArray]:
-        """Log-probs or values of this rank's response tokens: (their number, the values for the object store)."""
+    ) -> tuple[bool, FlatArray]:
+        """Log-probs or values of this rank's response tokens: whether it holds them, and they for the object store."""
         local, engine = self._batch(batch, columns), self._engines[role]
         with self._use("forward", role, "weights", wanted_bytes=engine.forward_wants(local, micro_batches)):
             values = engine.forward(local, micro_batches, temperature=temperature).numpy()
-        return len(values), values
+        return engine.holds_outputs, values if engine.holds_outputs else values[:0]
 
     def update(
         self,

@@ -38,8 +38,8 @@ CPU = torch.device("cpu")
 FloatArray = npt.NDArray[np.float32]
 Rows = Sequence[Sequence[int]]
 """Rows of each micro-batch."""
-Shard = tuple[str, FloatArray, tuple[int, ...], int]
-"""HF name, one rank's rows, full shape, first row."""
+Shard = tuple[str, FloatArray, tuple[int, ...], int, int]
+"""HF name, one rank's part, full shape, first index, dimension it is cut along."""
 
 NO_WRAP, WRAP = 10**9, 0
 """EngineSpec's wrap_min_num_params: layers gathered with the rest, or each by itself."""
@@ -204,30 +204,28 @@ def train(mesh: DeviceMesh, job: Job) -> Answer:
         engine.save(job.save)
     if job.save_hf is not None:
         engine.save_hf(job.save_hf)
-    return Answer(results, outputs, export(engine), {data.dtype for _, data, _, _ in engine.export_weights()})
+    return Answer(results, outputs, export(engine), {data.dtype for _, data, *_ in engine.export_weights()})
 
 
 def export(engine: FSDPEngine) -> list[Shard]:
     """This rank's rows of every parameter, copied."""
-    return [
-        (name, data.detach().float().numpy().copy(), shape, first)
-        for name, data, shape, first in engine.export_weights()
-    ]
+    return [(name, data.detach().float().numpy().copy(), *where) for name, data, *where in engine.export_weights()]
 
 
 def assemble(shards: Sequence[list[Shard]]) -> dict[str, FloatArray]:
-    """Whole parameters from all ranks' rows, each written exactly once."""
+    """Whole parameters from all ranks' parts, each element written exactly once."""
     weights: dict[str, FloatArray] = {}
     written: dict[str, npt.NDArray[np.int64]] = {}
-    for rank in shards:
-        names = [name for name, _, _, _ in rank]
-        assert len(names) == len(set(names)), "a rank exports a parameter once"
-        for name, data, shape, first in rank:
-            target = weights.setdefault(name, np.full(shape, np.nan, dtype=np.float32))
-            counts = written.setdefault(name, np.zeros(shape[0], dtype=np.int64))
-            target[first : first + len(data)] = data
-            counts[first : first + len(data)] += 1
-    assert all((counts == 1).all() for counts in written.values()), "every row exactly once"
+    orders = [[(name, shape, dim) for name, _, shape, _, dim in rank] for rank in shards]
+    assert all(order == orders[0] for order in orders), "the same parameters in the same order on every rank"
+    assert len({name for name, *_ in orders[0]}) == len(orders[0]), "a rank exports a parameter once"
+    for name, data, shape, first, dim in (shard for rank in shards for shard in rank):
+        target = weights.setdefault(name, np.full(shape, np.nan, dtype=np.float32))
+        counts = written.setdefault(name, np.zeros(shape, dtype=np.int64))
+        own = (slice(None),) * dim + (slice(first, first + data.shape[dim]),)
+        target[own] = data
+        counts[own] += 1
+    assert all((counts == 1).all() for counts in written.values()), "every element exactly once"
     return weights
 
 

@@ -102,10 +102,10 @@ def load_under_open_shards(mesh: DeviceMesh, job: Job, directory: Path) -> bool:
     """Whether shards taken for publishing before a load show what was loaded."""
     engine = FSDPEngine(job.spec, mesh, CPU)
     opened = list(engine.export_weights())
-    before = [data.clone() for _, data, _, _ in opened]
+    before = [data.clone() for _, data, *_ in opened]
     engine.load(directory)
     now = list(engine.export_weights())
-    changed = any(not torch.equal(old, new) for old, (_, new, _, _) in zip(before, now, strict=True))
+    changed = any(not torch.equal(old, new) for old, (_, new, *_) in zip(before, now, strict=True))
     return changed and all(torch.equal(a[1], b[1]) for a, b in zip(opened, now, strict=True))
 
 

@@ -47,9 +47,9 @@ def train_in_turn(
     away = {name: part.away_bytes for name, part in engine.parts.items()}
     assert all(part.resident_bytes == 0 for part in engine.parts.values()) == offload
     with memory.use("publish", "actor", ("weights",)):
-        for (name, held, _, _), (_, now, _, _) in zip(shards, engine.export_weights(), strict=True):
+        for (name, held, *_), (_, now, *_) in zip(shards, engine.export_weights(), strict=True):
             assert torch.equal(held, now), name
-        after = [(name, data.clone().numpy(), shape, first) for name, data, shape, first in engine.export_weights()]
+        after = [(name, data.clone().numpy(), *where) for name, data, *where in engine.export_weights()]
     return outputs, after, away
 
 
@@ -86,9 +86,9 @@ def test_evicted_memory_is_given_back(qwen2: Path, solo: Solo) -> None:
     def sizes(mesh: DeviceMesh) -> set[int]:
         engine = FSDPEngine(make_spec(qwen2, optimizer=ADAMW), mesh, CPU)
         engine.parts["weights"].evict(1 << 40)
-        found = {tensor.untyped_storage().nbytes() for _, tensor, _, _ in engine.export_weights()}
+        found = {tensor.untyped_storage().nbytes() for _, tensor, *_ in engine.export_weights()}
         engine.parts["weights"].restore()
-        assert all(bool(torch.isfinite(tensor).all()) for _, tensor, _, _ in engine.export_weights())
+        assert all(bool(torch.isfinite(tensor).all()) for _, tensor, *_ in engine.export_weights())
         return found
 
     assert solo.run(sizes) == [{0}]

@@ -73,7 +73,7 @@ def step_good_bad_good(mesh: DeviceMesh, job: Job, bad: Job) -> tuple[list[bool]
         result = engine.train_step(batch, update, chosen.loss, temperature=1.0, entropy=True)
         skipped.append(result.skipped)
         finite.append(math.isfinite(result.grad_norm))
-        for name, data, _, _ in engine.export_weights():
+        for name, data, *_ in engine.export_weights():
             weights.setdefault(name, []).append(data.detach().clone())
     return skipped, finite, weights
 

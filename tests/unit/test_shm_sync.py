@@ -1,4 +1,4 @@
-"""Weights through shared memory: rows of several ranks put together, buckets that alternate, errors, and checksums."""
+"""Weights through shared memory: parts of several ranks put together, buckets that alternate, errors, and checksums."""
 
 from __future__ import annotations
 
@@ -28,19 +28,24 @@ def parameters(seed: int = 0) -> dict[str, Tensor]:
     return {f"p{i}": torch.randn(shape, generator=generator) for i, shape in enumerate(SHAPES)}
 
 
-def shard(whole: dict[str, Tensor], rank: int, num_ranks: int) -> list[Shard]:
-    """A rank's rows as FSDP2 cuts them: ceil(rows / ranks) each, so the last may have fewer or none."""
+def shard(whole: dict[str, Tensor], rank: int, num_ranks: int, *, dim: int = 0) -> list[Shard]:
+    """A rank's parts as FSDP2 cuts them: ceil(rows / ranks) each, so the last may have fewer or none.
+
+    dim: of tensors that have it; others are cut along rows.
+    """
     shards: list[Shard] = []
     for name, tensor in whole.items():
-        size = -(-tensor.shape[0] // num_ranks)
-        first = min(size * rank, tensor.shape[0])
-        shards.append((name, tensor[first : first + size], tuple(tensor.shape), first))
+        along = min(dim, tensor.ndim - 1)
+        size = -(-tensor.shape[along] // num_ranks)
+        first = min(size * rank, tensor.shape[along])
+        part = tensor.narrow(along, first, min(size, tensor.shape[along] - first))
+        shards.append((name, part, tuple(tensor.shape), first, along))
     return shards
 
 
-def publish(whole: dict[str, Tensor], num_ranks: int, *, dtype: str, bucket_bytes: int) -> dict[str, Tensor]:
+def publish(whole: dict[str, Tensor], num_ranks: int, *, dtype: str, bucket_bytes: int, dim: int) -> dict[str, Tensor]:
     """Everything through shared memory, in the order the driver uses: bucket k + 1 is written while k is read."""
-    shards = [shard(whole, rank, num_ranks) for rank in range(num_ranks)]
+    shards = [shard(whole, rank, num_ranks, dim=dim) for rank in range(num_ranks)]
     publishers = [BucketWriter(dtype, bucket_bytes) for _ in range(num_ranks)]
     counts = {p.num_buckets(s) for p, s in zip(publishers, shards, strict=True)}
     assert len(counts) == 1, "every rank makes the same buckets"
@@ -63,14 +68,15 @@ def publish(whole: dict[str, Tensor], num_ranks: int, *, dtype: str, bucket_byte
     dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
     bucket_bytes=st.sampled_from([1, 40, 100, 1 << 20]),
     seed=st.integers(0, 100),
+    dim=st.integers(0, 1),
 )
 @settings(max_examples=40, deadline=None)
-def test_every_row_arrives_once_in_the_dtype_asked_for(
-    num_ranks: int, dtype: str, bucket_bytes: int, seed: int
+def test_every_element_arrives_once_in_the_dtype_asked_for(
+    num_ranks: int, dtype: str, bucket_bytes: int, seed: int, dim: int
 ) -> None:
-    """Rows do not divide by ranks, a rank has none, buckets are tiny or hold everything."""
+    """Rows or columns do not divide by ranks, a rank has none, buckets are tiny or hold everything."""
     whole = parameters(seed)
-    received = publish(whole, num_ranks, dtype=dtype, bucket_bytes=bucket_bytes)
+    received = publish(whole, num_ranks, dtype=dtype, bucket_bytes=bucket_bytes, dim=dim)
     assert received.keys() == whole.keys()
     for name, tensor in whole.items():
         assert torch.equal(received[name], tensor.to(getattr(torch, dtype))), name
@@ -106,27 +112,29 @@ def test_files_grow_and_are_used_again() -> None:
                 assert torch.equal(tensor, whole[name])
 
 
-def messages(whole: dict[str, Tensor], num_ranks: int) -> list[MESSAGE]:
+def messages(whole: dict[str, Tensor], num_ranks: int, *, dim: int = 0) -> list[MESSAGE]:
     """Bucket 0 of every rank. The files stay open as long as this process has the publishers."""
     publishers = [BucketWriter("float32", 1 << 20) for _ in range(num_ranks)]
     KEPT.extend(publishers)
-    return [p.write(shard(whole, rank, num_ranks), 0).as_message() for rank, p in enumerate(publishers)]
+    return [p.write(shard(whole, rank, num_ranks, dim=dim), 0).as_message() for rank, p in enumerate(publishers)]
 
 
 KEPT: list[BucketWriter] = []
 
 
 @pytest.mark.parametrize(
-    ("ranks", "problem"),
+    ("dim", "ranks", "problem"),
     [
-        ([0], "w has 4 rows, expected 7"),
-        ([1], r"rows 0\.\.4 of w are missing or came twice"),
-        ([0, 1, 1], r"rows 7\.\.4 of w are missing or came twice"),
-        ([0, 0, 1], r"rows 4\.\.0 of w are missing or came twice"),
+        (0, [0], "w has 4 rows, expected 7"),
+        (0, [1], r"rows 0\.\.4 of w are missing or came twice"),
+        (0, [0, 1, 1], r"rows 7\.\.4 of w are missing or came twice"),
+        (0, [0, 0, 1], r"rows 4\.\.0 of w are missing or came twice"),
+        (1, [1], r"columns 0\.\.2 of w are missing or came twice"),
+        (1, [0], "w has 2 columns, expected 3"),
     ],
 )
-def test_missing_and_doubled_rows_are_errors(ranks: Sequence[int], problem: str) -> None:
-    parts = messages({"w": torch.randn(7, 2)}, 2)
+def test_missing_and_doubled_parts_are_errors(dim: int, ranks: Sequence[int], problem: str) -> None:
+    parts = messages({"w": torch.randn(7, 3)}, 2, dim=dim)
     with pytest.raises(RuntimeError, match=f"weight sync: .*{problem}"):
         list(BucketReader().read([parts[rank] for rank in ranks]))
 
@@ -145,7 +153,7 @@ WRITER = """
 import sys, torch
 from workers.sync.buckets import BucketWriter
 publisher = BucketWriter("float32", 1 << 20)
-shards = [("w", torch.arange(12.0).view(4, 3), (4, 3), 0)]
+shards = [("w", torch.arange(12.0).view(4, 3), (4, 3), 0, 0)]
 bucket = publisher.write(shards, 0)
 print(bucket.address, bucket.num_bytes, flush=True)
 sys.stdin.read()
@@ -158,7 +166,7 @@ def test_nothing_is_left_when_the_writer_is_killed() -> None:
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdout is not None
         path, num_bytes = writer.stdout.readline().split()
-        pieces = [["w", [4, 3], 0, 4, 0]]
+        pieces = [["w", [4, 3], 0, 0, 4, 0]]
         message: MESSAGE = {"address": path, "dtype": "float32", "pieces": pieces, "num_bytes": int(num_bytes)}
         ((_, tensor),) = BucketReader().read([message])
         assert tensor.flatten().tolist() == list(range(12))

@@ -17,6 +17,7 @@ from torch import Tensor
 from workers.batch import Batch, MicroBatch
 from workers.engines.residency import Part
 from workers.normalizers import Normalizers
+from workers.sync.buckets import Shard
 
 Loss = Callable[[Tensor, Tensor | None, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
 MicroBatches = Sequence[Sequence[int]]
@@ -54,9 +55,34 @@ class ShardSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ParallelSpec:
+    """How Megatron cuts a model: numbers of ranks. Rank order: tensor fastest, then data, then pipeline.
+
+    virtual_pipeline: model chunks per pipeline rank (interleaved schedule); None: one, not interleaved.
+    sequence: norms and residuals are cut along tokens over the tensor-parallel ranks.
+    expert: ranks that share the experts of a mixture-of-experts layer.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int | None = None
+    sequence: bool = False
+    expert: int = 1
+
+    def data_size(self, world_size: int) -> int:
+        """Data-parallel ranks among so many training ranks."""
+        return world_size // (self.tensor * self.pipeline)
+
+    def data_rank(self, rank: int, world_size: int) -> int:
+        """Which of them a training rank belongs to; all ranks of one get the same batch."""
+        return (rank // self.tensor) % self.data_size(world_size)
+
+
+@dataclass(frozen=True, slots=True)
 class EngineSpec:
     """How to build one engine.
 
+    strategy: which engine. parallel: how Megatron cuts the model; FSDP shards over all ranks.
     head: "logprobs" (a language model) or "values" (the same body with a scalar head).
     optimizer: None builds an engine that only runs forward (a reference model).
     share_prompt: compute a prompt once for all its responses in a micro-batch.
@@ -75,6 +101,8 @@ class EngineSpec:
     trust_remote_code: bool = False
     override_config: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+    strategy: Literal["fsdp", "megatron"] = "fsdp"
+    parallel: ParallelSpec = ParallelSpec()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +128,12 @@ class TrainEngine(Protocol):
     """A model on one training rank, sharded over its process group.
 
     parts: what can leave the device between calls: "weights", and "optimizer" of one that trains.
+    holds_outputs: whether `forward` gives this rank's data-parallel share; others of the same share give zeros or the
+        same again (Megatron: the last pipeline stage's first tensor-parallel rank holds them).
     """
 
     parts: dict[str, Part]
+    holds_outputs: bool
 
     def forward(self, batch: Batch, micro_batches: MicroBatches, *, temperature: float) -> Tensor:
         """Log-probs (or values) of all response tokens of the rows, float32 [batch.num_tokens], no gradient."""
@@ -120,8 +151,9 @@ class TrainEngine(Protocol):
         """Bytes an optimizer step wants to find free besides weights and optimizer state."""
         ...
 
-    def export_weights(self) -> Iterator[tuple[str, Tensor, tuple[int, ...], int]]:
-        """(HF name, this rank's rows, full shape, first row) of each parameter; tied ones once."""
+    def export_weights(self) -> Iterator[Shard]:
+        """This rank's part of each parameter; tied ones once. The same names in the same order on every rank, and every
+        element on exactly one: a rank that has nothing of a parameter gives an empty part."""
         ...
 
     def save(self, directory: Path) -> None:

@@ -29,6 +29,7 @@ from workers.engines.optimizer import begin_state, learning_rate, make_optimizer
 from workers.engines.recompute import WORKING_LAYERS, Recompute, estimate, free_bytes, largest
 from workers.engines.residency import Part, local_of
 from workers.normalizers import Normalizers
+from workers.sync.buckets import Shard
 
 _NO_NORM = Normalizers(1.0, 1.0)
 _STATE_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -36,6 +37,8 @@ _STATE_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
 class FSDPEngine:
     """See `workers.engines.base.TrainEngine`. model: what `load` gave, if that was done before."""
+
+    holds_outputs = True
 
     def __init__(
         self, spec: EngineSpec, mesh: DeviceMesh, device: torch.device, model: LogprobModel | ValueModel | None = None
@@ -107,19 +110,15 @@ class FSDPEngine:
         tokens = [batch.packed_tokens(rows, share_prompt=self._spec.share_prompt) for rows in micro_batches]
         return int(max(tokens, default=0) * estimate(self._layers).whole * WORKING_LAYERS) + self._logits_bytes()
 
-    def export_weights(self) -> Iterator[tuple[str, Tensor, tuple[int, ...], int]]:
+    def export_weights(self) -> Iterator[Shard]:
         """This rank's rows of every parameter under its Hugging Face name; dim 0 is what FSDP2 shards."""
         for name, parameter in self._module.named_parameters():
             data = parameter.data
             assert isinstance(data, DTensor)
             local = data.to_local()
             shard = math.ceil(data.shape[0] / data.device_mesh.size())
-            yield (
-                _hf_name(name),
-                local,
-                tuple(data.shape),
-                min(shard * data.device_mesh.get_local_rank(), data.shape[0]),
-            )
+            first_row = min(shard * data.device_mesh.get_local_rank(), data.shape[0])
+            yield _hf_name(name), local, tuple(data.shape), first_row, 0
 
     def save(self, directory: Path) -> None:
         """Sharded model, optimizer and update counter through torch.distributed.checkpoint."""
@@ -192,13 +191,13 @@ class FSDPEngine:
         """Float32; of the whole parameters while micro-batches add up, of this rank's rows at the end."""
         if num_micro_batches > 1:
             return 4 * _num_elements(self._module)
-        return 4 * sum(local.numel() for _, local, _, _ in self.export_weights())
+        return 4 * sum(local.numel() for _, local, *_ in self.export_weights())
 
     def _missing_state_bytes(self) -> int:
         """Of the optimizer's state that the first step makes."""
         if self._optimizer is None or self._optimizer.state:
             return 0
-        return 2 * sum(local.numel() * local.element_size() for _, local, _, _ in self.export_weights())
+        return 2 * sum(local.numel() * local.element_size() for _, local, *_ in self.export_weights())
 
     def _logits_bytes(self) -> int:
         """What log-probs take: chunks of logits, and the gradient of the output layer."""

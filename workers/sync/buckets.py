@@ -1,6 +1,6 @@
-"""Weights in buckets: every training rank writes its own rows, every replica reads them all.
+"""Weights in buckets: every training rank writes its own part, every replica reads them all.
 
-Nothing is gathered: dim-0 shards are contiguous, so a reader puts a parameter together from the rows of each rank.
+Nothing is gathered: a reader puts a parameter together from the parts of each rank, which are cut along one dimension.
 Buckets alternate between two buffers: one is filled while the other is read. A buffer is shared memory
 (`SharedFile`), or memory of a GPU that both sides use (`DeviceBuffer`).
 """
@@ -19,16 +19,20 @@ from workers.sync.checksum import checksum
 from workers.sync.memory import DeviceBuffer, SharedFile, open_device_buffer, open_shared_file
 
 Channel = Literal["shared_memory", "cuda_ipc"]
+Shard = tuple[str, Tensor, tuple[int, ...], int, int]
+"""HF name, this rank's part, full shape, first index, and the dimension (0 or 1) it is cut along."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some rows of one parameter: HF name, full shape, first row, number of rows, byte offset in the file."""
+    """A part of one parameter: HF name, full shape, the dimension it is cut along and where (first index, number of
+    indices), byte offset in the file."""
 
     name: str
     shape: tuple[int, ...]
-    first_row: int
-    num_rows: int
+    dim: int
+    first: int
+    count: int
     offset: int
 
 
@@ -44,12 +48,8 @@ class Bucket:
 
     def as_message(self) -> dict[str, object]:
         """Plain containers only: what may cross vLLM's RPC in every version."""
-        pieces = [[p.name, list(p.shape), p.first_row, p.num_rows, p.offset] for p in self.pieces]
+        pieces = [[p.name, list(p.shape), p.dim, p.first, p.count, p.offset] for p in self.pieces]
         return {"address": self.address, "dtype": self.dtype, "pieces": pieces, "num_bytes": self.num_bytes}
-
-
-Shard = tuple[str, Tensor, tuple[int, ...], int]
-"""HF name, this rank's rows, full shape, first row (what TrainEngine.export_weights yields)."""
 
 
 class BucketWriter:
@@ -70,7 +70,7 @@ class BucketWriter:
         return len(self._plan(shards))
 
     def write(self, shards: Sequence[Shard], number: int) -> Bucket:
-        """Casts and writes this rank's rows of bucket `number`; overwrites bucket number - 2."""
+        """Casts and writes this rank's parts of bucket `number`; overwrites bucket number - 2."""
         chosen = self._plan(shards)[number]
         itemsize = self._dtype.itemsize
         total = sum(shards[i][1].numel() for i in chosen) * itemsize
@@ -80,11 +80,11 @@ class BucketWriter:
         bits = 0
         offset = 0
         for i in chosen:
-            name, local, shape, first_row = shards[i]
+            name, local, shape, first, dim = shards[i]
             target = memory[offset : offset + local.numel() * itemsize].view(self._dtype).view(local.shape)
             target.copy_(local)
             bits += checksum(target)
-            pieces.append(Piece(name, shape, first_row, local.shape[0], offset))
+            pieces.append(Piece(name, shape, dim, first, local.shape[dim], offset))
             offset += local.numel() * itemsize
         buffer.finish()
         return Bucket(buffer.address, self._dtype_name, tuple(pieces), total, bits % (1 << 64))
@@ -92,7 +92,7 @@ class BucketWriter:
     def _plan(self, shards: Sequence[Shard]) -> list[list[int]]:
         buckets: list[list[int]] = [[]]
         filled = 0
-        for i, (_, _, shape, _) in enumerate(shards):
+        for i, (_, _, shape, *_) in enumerate(shards):
             size = int(np.prod(shape)) * self._dtype.itemsize
             if buckets[-1] and filled + size > self._bucket_bytes:
                 buckets.append([])
@@ -111,20 +111,21 @@ class BucketReader:
     def read(self, messages: Sequence[dict[str, object]]) -> Iterator[tuple[str, Tensor]]:
         """(HF name, full tensor) of every parameter in a bucket, from all ranks' messages (`Bucket.as_message`).
 
-        Raises RuntimeError if the rows of a parameter are not all there exactly once.
+        Raises RuntimeError if the parts of a parameter are not all there exactly once.
         """
         parts: dict[str, list[tuple[int, Tensor]]] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
+        cuts: dict[str, tuple[int, int]] = {}
         for message in messages:
             dtype: torch.dtype = getattr(torch, str(message["dtype"]))
             memory = self._map(message["address"], int(message["num_bytes"]))  # type: ignore[call-overload,arg-type]
-            for name, shape, first_row, num_rows, offset in message["pieces"]:  # type: ignore[attr-defined]
-                rows = (num_rows, *shape[1:])
-                size = int(np.prod(rows)) * dtype.itemsize
-                parts.setdefault(name, []).append((first_row, memory[offset : offset + size].view(dtype).view(rows)))
-                shapes[name] = tuple(shape)
+            for name, shape, dim, first, count, offset in message["pieces"]:  # type: ignore[attr-defined]
+                own = (*shape[:dim], count, *shape[dim + 1 :])
+                size = int(np.prod(own)) * dtype.itemsize
+                parts.setdefault(name, []).append((first, memory[offset : offset + size].view(dtype).view(own)))
+                cuts[name] = (dim, shape[dim])
         for name, pieces in parts.items():
-            yield name, _join(name, shapes[name], sorted(pieces, key=lambda piece: piece[0]))
+            filled = sorted((p for p in pieces if p[1].numel()), key=lambda piece: piece[0])
+            yield name, _join(name, *cuts[name], filled)
 
     def _map(self, address: str | bytes, num_bytes: int) -> Tensor:
         if num_bytes == 0:
@@ -138,12 +139,13 @@ class BucketReader:
         return self._maps[key]
 
 
-def _join(name: str, shape: tuple[int, ...], pieces: list[tuple[int, Tensor]]) -> Tensor:
+def _join(name: str, dim: int, size: int, pieces: list[tuple[int, Tensor]]) -> Tensor:
+    what = "rows" if dim == 0 else "columns"
     expected = 0
-    for first_row, rows in pieces:
-        if rows.shape[0] and first_row != expected:
-            raise RuntimeError(f"weight sync: rows {expected}..{first_row} of {name} are missing or came twice")
-        expected += rows.shape[0]
-    if expected != shape[0]:
-        raise RuntimeError(f"weight sync: {name} has {expected} rows, expected {shape[0]}")
-    return pieces[0][1] if len(pieces) == 1 else torch.cat([rows for _, rows in pieces])
+    for first, part in pieces:
+        if first != expected:
+            raise RuntimeError(f"weight sync: {what} {expected}..{first} of {name} are missing or came twice")
+        expected += part.shape[dim]
+    if expected != size:
+        raise RuntimeError(f"weight sync: {name} has {expected} {what}, expected {size}")
+    return pieces[0][1] if len(pieces) == 1 else torch.cat([part for _, part in pieces], dim)

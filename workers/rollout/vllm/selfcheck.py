@@ -84,7 +84,7 @@ class Bench:
             for parameter in self.model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.02)
         publisher = BucketWriter("float32" if self.device == "cpu" else "bfloat16", bucket_bytes=1 << 16)
-        shards = [(n, p.detach(), tuple(p.shape), 0) for n, p in self.model.named_parameters()]
+        shards = [(n, p.detach(), tuple(p.shape), 0, 0) for n, p in self.model.named_parameters()]
         self.engine.rpc("tandem_begin_update")
         sent = 0
         for number in range(publisher.num_buckets(shards)):
