@@ -21,6 +21,8 @@ from typing import Any
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_ONCE = {"actor_rollout_ref.actor.strategy": "fsdp", "critic.strategy": "fsdp"}
+"""What checkpoints were made with that do not say so."""
 
 
 class CheckpointError(RuntimeError):
@@ -112,15 +114,17 @@ def choose(
 
 
 def _check_fingerprint(checkpoint: Checkpoint, fingerprint: dict[str, Any]) -> None:
+    then = {key: made for key, made in _ONCE.items() if key in fingerprint} | checkpoint.fingerprint
     different = [
-        f"{key}: checkpoint {checkpoint.fingerprint.get(key)!r}, now {fingerprint.get(key)!r}"
-        for key in sorted(checkpoint.fingerprint.keys() | fingerprint.keys())
-        if checkpoint.fingerprint.get(key) != fingerprint.get(key)
+        f"{key}: checkpoint {then.get(key)!r}, now {fingerprint.get(key)!r}"
+        for key in sorted(then.keys() | fingerprint.keys())
+        if then.get(key) != fingerprint.get(key)
     ]
     if different:
         raise ValueError(
-            f"{checkpoint.path} is a checkpoint of another model ({'; '.join(different)}); use the model it was made "
-            "with (actor_rollout_ref.model.path), another trainer.default_local_dir, or trainer.resume_mode=disable"
+            f"{checkpoint.path} is a checkpoint of another model or engine ({'; '.join(different)}); use what it was "
+            "made with (actor_rollout_ref.model.path, strategy), another trainer.default_local_dir, or "
+            "trainer.resume_mode=disable"
         )
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
+import torch
+import torch.distributed as dist
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -90,9 +92,10 @@ def device_type(cfg: Config) -> DeviceType:
 def reserve(cfg: Config) -> Cluster:
     """Reserves nnodes x n_gpus_per_node devices.
 
-    Raises ValueError at once where the cluster does not have them, and where they do not come free in
-    trainer.startup_timeout_s.
+    Raises ValueError at once where the cluster does not have them or PyTorch cannot connect them, and where they do
+    not come free in trainer.startup_timeout_s.
     """
+    check_gloo()
     kind = device_type(cfg)
     resource = "GPU" if kind == "cuda" else "CPU"
     per_node, nnodes = cfg.trainer.n_gpus_per_node, cfg.trainer.nnodes
@@ -116,6 +119,15 @@ def start(actor: type, device: Device, *args: object, concurrency_groups: dict[s
     if concurrency_groups:
         options["concurrency_groups"] = concurrency_groups  # Ray takes them here, and refuses them in .options()
     return ray.remote(**options)(actor).remote(*args)
+
+
+def check_gloo() -> None:
+    """Raises ValueError without gloo: training ranks on CPUs talk through it, and those on GPUs about the host."""
+    if not (dist.is_available() and dist.is_gloo_available()):
+        raise ValueError(
+            f"trainer.device: PyTorch {torch.__version__} is built without gloo, through which training processes "
+            "talk; install an ordinary build of PyTorch (bash scripts/install.sh)"
+        )
 
 
 def _check_capacity(resource: str, per_node: int, nnodes: int) -> None:

@@ -8,11 +8,16 @@ from rich.console import Console
 
 from trainer.adaptation import Adaptation
 from trainer.checkpoint import Checkpoint
-from trainer.config.schema import Config
+from trainer.config.roles import TrainingRole, training_roles
+from trainer.config.schema import Config, DeviceMapping
+from trainer.config.validate import role_devices
 from trainer.inputs import Inputs
 from trainer.placement import Cluster
 from trainer.specs import Sizes
 from trainer.tracking.console import batch_table, engine_table, startup_table
+
+_ENGINES = {"fsdp": "FSDP2", "megatron": "Megatron"}
+_NAMES = {"ref": "reference"}
 
 
 def show_plan(
@@ -36,26 +41,35 @@ def show_plan(
 
 def role_rows(cfg: Config, cluster: Cluster) -> list[dict[str, object]]:
     """One row per role: devices, engine, parallelism, precision."""
-    family = cfg.actor_rollout_ref
-    total = len(cluster.devices)
-    kind = cluster.device_type
+    total, rollout = len(cluster.devices), cfg.actor_rollout_ref.rollout
 
-    def row(role: str, mapping: object, engine: str, parallel: str, dtype: str) -> dict[str, object]:
-        devices = (
-            f"{kind} 0-{total - 1}" if mapping is None and total > 1 else f"{kind} {0 if mapping is None else mapping}"
-        )
+    def row(role: str, mapping: DeviceMapping, engine: str, parallel: str, dtype: str) -> dict[str, object]:
+        named = mapping if mapping is not None else f"0-{total - 1}" if total > 1 else 0
+        devices = f"{cluster.device_type} {named}"
         return {"role": role, "devices": devices, "engine": engine, "parallelism": parallel, "compute": dtype}
 
-    fsdp = f"{total} ranks" if total > 1 else "1 rank"
-    replicas = total // family.rollout.tensor_model_parallel_size
-    rows = [row("actor", family.actor.device_mapping, "FSDP2", fsdp, family.actor.fsdp_config.dtype)]
-    if cfg.use_reference:
-        rows.append(row("reference", family.ref.device_mapping, "FSDP2", fsdp, family.ref.fsdp_config.dtype))
-    if cfg.use_critic:
-        rows.append(row("critic", cfg.critic.device_mapping, "FSDP2", fsdp, cfg.critic.fsdp.dtype))
-    tp = family.rollout.tensor_model_parallel_size
-    rows.append(row("rollout", family.rollout.device_mapping, "vLLM", f"{replicas} x tp {tp}", family.rollout.dtype))
+    rows = []
+    for role in training_roles(cfg):
+        mapping = role.config.device_mapping
+        num_ranks = len(role_devices(mapping, f"{role.key}.device_mapping", num_devices=total))
+        engine, dtype = _ENGINES[role.strategy], role.engine.dtype
+        rows.append(row(_NAMES.get(role.name, role.name), mapping, engine, parallelism(role, num_ranks), dtype))
+    replicas = len(role_devices(rollout.device_mapping, "rollout", num_devices=total))
+    tp = rollout.tensor_model_parallel_size
+    rows.append(row("rollout", rollout.device_mapping, "vLLM", f"{replicas // tp} x tp {tp}", rollout.dtype))
     return rows
+
+
+def parallelism(role: TrainingRole, num_ranks: int) -> str:
+    """How a role's model lies on its ranks, e.g. "2 ranks", or "tp 2 x pp 1 x dp 4" with Megatron."""
+    megatron = role.megatron
+    if megatron is None:
+        return f"{num_ranks} ranks" if num_ranks > 1 else "1 rank"
+    sizes = {"tp": megatron.tensor_model_parallel_size, "pp": megatron.pipeline_model_parallel_size}
+    sizes["dp"] = num_ranks // role.ranks_per_model
+    if megatron.expert_model_parallel_size > 1:
+        sizes["ep"] = megatron.expert_model_parallel_size
+    return " x ".join(f"{name} {size}" for name, size in sizes.items())
 
 
 def batch_sizes(cfg: Config, inputs: Inputs, sizes: Sizes) -> dict[str, object]:

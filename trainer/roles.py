@@ -16,7 +16,7 @@ import numpy.typing as npt
 from trainer.algorithms.aggregation import normalizers
 from trainer.batching import Limits, MiniBatch, plan_batch, plan_forward, to_local
 from trainer.samples import Samples
-from workers.engines.base import Loss, StepResult, Update
+from workers.engines.base import Loss, ParallelSpec, StepResult, Update
 from workers.group import WorkerGroup
 from workers.train_worker import Column, TrainWorker
 
@@ -94,6 +94,7 @@ class AbsentRole:
 class TrainRole:
     """One model on a group of training ranks.
 
+    parallel: which ranks hold a model together (Megatron) and so get the same share of a batch.
     balance: the passes that rows are dealt to ranks for, the actor's: every role finds a row on the same rank.
     """
 
@@ -102,6 +103,7 @@ class TrainRole:
         name: str,
         group: WorkerGroup,
         *,
+        parallel: ParallelSpec,
         limits: Limits,
         temperature: float,
         hidden_size: int,
@@ -111,6 +113,8 @@ class TrainRole:
     ) -> None:
         self.name = name
         self.group = group
+        self._share_of = tuple(parallel.data_rank(rank, len(group)) for rank in range(len(group)))
+        self._num_shares = parallel.data_size(len(group))
         self._limits = limits
         self._temperature = temperature
         self._hidden_size = hidden_size
@@ -125,19 +129,21 @@ class TrainRole:
             samples.meta.prompt_length,
             samples.meta.response_length,
             samples.meta.group,
-            num_ranks=len(self.group),
+            num_ranks=self._num_shares,
             limits=self._limits,
             rank_of=ranks,
             hidden_size=self._hidden_size,
         )
-        shares = [np.flatnonzero(ranks == r) for r in range(len(self.group))]
+        shares = [np.flatnonzero(ranks == r) for r in range(self._num_shares)]
+        batches = [samples.rank_batch(rows, self._num_shares) for rows in shares]
         arguments = [
-            (self.name, samples.rank_batch(rows, len(self.group)), (), to_local(plan.ranks[r], rows), self._temperature)
-            for r, rows in enumerate(shares)
+            (self.name, batches[r], (), to_local(plan.ranks[r], shares[r]), self._temperature) for r in self._share_of
         ]
         call, payloads = self.group.scatter_with_payload(TrainWorker.forward, arguments)
-        call.result(self._timeout_s)
-        samples.columns[column] = Column(column, tuple(zip(payloads, shares, strict=True)))
+        holds = call.result(self._timeout_s)
+        held = [(payloads[i], shares[r]) for i, r in enumerate(self._share_of) if holds[i]]
+        assert len(held) == self._num_shares, (self.name, holds, self._share_of)
+        samples.columns[column] = Column(column, tuple(held))
 
     def update(self, samples: Samples, *, step: int) -> UpdateReport:
         """All optimizer steps of one batch."""
@@ -148,19 +154,19 @@ class TrainRole:
             samples.meta.response_length,
             samples.meta.group,
             groups_per_minibatch=settings.passes.groups_per_minibatch,
-            num_ranks=len(self.group),
+            num_ranks=self._num_shares,
             limits=self._limits,
             epochs=settings.passes.epochs,
             shuffle_seed=settings.passes.seed(step),
             rank_of=self._rank_of(samples, step),
             hidden_size=self._hidden_size,
         )
-        shares = [plan.rows_of_rank(r) for r in range(len(self.group))]
+        shares = [plan.rows_of_rank(r) for r in range(self._num_shares)]
         columns = tuple(samples.columns[name] for name in settings.columns if name in samples.columns)
-        arguments = [
+        by_share = [
             (
                 self.name,
-                samples.rank_batch(rows, len(self.group)),
+                samples.rank_batch(rows, self._num_shares),
                 tuple(_for_rank(c, rows, samples) for c in columns),
                 _updates(plan.minibatches, r, rows, samples, settings.length),
                 settings.loss,
@@ -169,12 +175,13 @@ class TrainRole:
             )
             for r, rows in enumerate(shares)
         ]
+        arguments = [by_share[r] for r in self._share_of]
         results = self.group.scatter(TrainWorker.update, arguments).result(self._timeout_s)
         return _report(results[0][0], max(peak for _, peak in results))
 
     def _rank_of(self, samples: Samples, step: int) -> RankOf:
-        """Which rank holds which row, [S]: dealt once per batch, so that ranks build their share once."""
-        num_ranks = len(self.group)
+        """Data-parallel rank of each row, [S]: dealt once per batch, so that ranks build their share once."""
+        num_ranks = self._num_shares
         if num_ranks not in samples.rank_of:
             samples.rank_of[num_ranks] = plan_batch(
                 samples.meta.prompt_length,

@@ -20,6 +20,7 @@ from rich.console import Console
 from trainer import checkpoint, placement
 from trainer.adaptation import Adaptation, adapt
 from trainer.config.errors import complain, user_errors
+from trainer.config.roles import training_roles
 from trainer.config.schema import Config
 from trainer.data.order import PromptOrder
 from trainer.driver import Driver
@@ -43,7 +44,8 @@ DONE, FAILED, INTERRUPTED = 0, 1, 130
 class Prepared:
     """Everything a run needs before its first actor starts.
 
-    fingerprint: the model's shape and whether there is a critic: what a checkpoint must share to be continued.
+    fingerprint: the model's shape, whether there is a critic, and the engines that train: what a checkpoint must share
+        to be continued. How an engine spreads a model over devices is not part of it: checkpoints are re-sharded.
     """
 
     inputs: Inputs
@@ -102,7 +104,8 @@ def _prepare(cfg: Config, console: Console) -> Prepared:
         console.print(f"note: {notice}", style="yellow", markup=False)
     derived = sizes(cfg, inputs)
     trainer = cfg.trainer
-    fingerprint = inputs.fingerprint | {"critic": cfg.use_critic}
+    trained = {f"{role.key}.strategy": role.strategy for role in training_roles(cfg) if role.name != "ref"}
+    fingerprint = inputs.fingerprint | {"critic": cfg.use_critic} | trained
     resume = checkpoint.choose(run_dir / "checkpoints", trainer.resume_mode, trainer.resume_from_path, fingerprint)
     if resume is not None:  # other data or another order would be refused later, with actors running
         PromptOrder(len(inputs.train), seed=cfg.data.seed, shuffle=cfg.data.shuffle).load_state_dict(

@@ -13,21 +13,22 @@ from trainer.advantage import AdvantageComputer
 from trainer.algorithms.kl import kl_controller
 from trainer.algorithms.losses import policy_loss, value_loss
 from trainer.batching import Limits
+from trainer.config.roles import training_roles
 from trainer.config.schema import Config
 from trainer.config.validate import role_devices
 from trainer.data.order import PromptOrder
 from trainer.driver import Cadence, Driver, validation_sampling
+from trainer.engines import offloads, parallel_spec
 from trainer.evaluation import Evaluation
 from trainer.inputs import Inputs
 from trainer.memory import TrainingMemory
 from trainer.placement import Cluster, start
 from trainer.roles import AbsentRole, Passes, Role, TrainRole, UpdateSettings
 from trainer.sources import SyncSource
-from trainer.specs import Sizes, actor_spec, critic_spec, offloads, reference_spec, rollout_spec
+from trainer.specs import Sizes, engine_specs, rollout_spec
 from trainer.state import TrainState
 from trainer.tracking.phases import Phases
 from trainer.tracking.rollout import RolloutLog
-from workers.engines.base import EngineSpec
 from workers.group import WorkerGroup
 from workers.reward.decoding import decoder_json
 from workers.reward.function import RewardSpec
@@ -38,8 +39,6 @@ from workers.rollout.vllm.replica import CONCURRENCY_GROUPS, VllmReplica
 from workers.sync.buckets import Channel
 from workers.sync.sync import WeightSync
 from workers.train_worker import TrainWorker
-
-_KEYS = {"actor": "actor_rollout_ref.actor", "ref": "actor_rollout_ref.ref", "critic": "critic"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +84,13 @@ def build(
     for group in workers.groups:
         host, port = ray.get(group.actors[0].rendezvous.remote(), timeout=timeout_s)
         group.broadcast(TrainWorker.connect, host, port).result(timeout_s)
-    for role, spec in _engine_specs(cfg, inputs, sizes).items():
-        workers.train[role].broadcast(TrainWorker.prepare, role, spec).result(timeout_s)
+    for name, spec in engine_specs(cfg, inputs, sizes).items():
+        workers.train[name].broadcast(TrainWorker.prepare, name, spec).result(timeout_s)
     workers.replicas.ready()  # they size their caches by what is free: training stays off the devices until then
     source = _source(cfg, workers, phases)
     source.sleep()  # as during training; the first weight sync wakes them
-    for role, offload in offloads(cfg).items():
-        if role in workers.train:
-            workers.train[role].broadcast(TrainWorker.place, role, offload).result(timeout_s)
+    for role in training_roles(cfg):
+        workers.train[role.name].broadcast(TrainWorker.place, role.name, offloads(role)).result(timeout_s)
     workers.scorers.broadcast(RewardWorker.ping).result(timeout_s)
     return _driver(cfg, inputs, workers, source, sizes, phases, sampling)
 
@@ -172,14 +170,9 @@ def _rollout_ranks(cfg: Config, num_devices: int) -> tuple[int, ...]:
 
 
 def _role_ranks(cfg: Config, num_devices: int) -> dict[str, tuple[int, ...]]:
-    mappings = {"actor": cfg.actor_rollout_ref.actor.device_mapping}
-    if cfg.use_reference:
-        mappings["ref"] = cfg.actor_rollout_ref.ref.device_mapping
-    if cfg.use_critic:
-        mappings["critic"] = cfg.critic.device_mapping
     return {
-        role: role_devices(mapping, f"{_KEYS[role]}.device_mapping", num_devices=num_devices)
-        for role, mapping in mappings.items()
+        role.name: role_devices(role.config.device_mapping, f"{role.key}.device_mapping", num_devices=num_devices)
+        for role in training_roles(cfg)
     }
 
 
@@ -237,15 +230,6 @@ def _start_scorers(cfg: Config, inputs: Inputs) -> WorkerGroup:
     return WorkerGroup("reward", [handle])
 
 
-def _engine_specs(cfg: Config, inputs: Inputs, sizes: Sizes) -> dict[str, EngineSpec]:
-    specs = {"actor": actor_spec(cfg, inputs, sizes)}
-    if cfg.use_reference:
-        specs["ref"] = reference_spec(cfg, inputs)
-    if cfg.use_critic:
-        specs["critic"] = critic_spec(cfg, sizes)
-    return specs
-
-
 def _actor(cfg: Config, workers: Workers, inputs: Inputs) -> TrainRole:
     actor = cfg.actor_rollout_ref.actor
     loss = policy_loss(actor, cfg.data.max_response_length)
@@ -292,9 +276,11 @@ def _critic(cfg: Config, workers: Workers, inputs: Inputs) -> Role:
 def _role(
     name: str, workers: Workers, limits: Limits, settings: UpdateSettings | None, cfg: Config, inputs: Inputs
 ) -> TrainRole:
+    (role,) = (role for role in training_roles(cfg) if role.name == name)
     return TrainRole(
         name,
         workers.train[name],
+        parallel=parallel_spec(role),
         limits=limits,
         temperature=cfg.actor_rollout_ref.rollout.temperature,
         hidden_size=inputs.hidden_size,

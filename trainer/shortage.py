@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from trainer.config.errors import show
-from trainer.config.schema import Config
+from trainer.config.roles import training_roles
+from trainer.config.schema import Config, FsdpConfig
 from trainer.tracking.text import size
 from workers.group import WorkerOutOfMemory
 
@@ -56,7 +57,20 @@ def remedies(cfg: Config, call: str, role: str) -> Iterator[str]:
         yield f"lower {_ROLLOUT}.update_weights_bucket_megabytes (now {megabytes})"
     yield from _held_by_replicas(cfg, call)
     yield from _held_by_training(cfg)
-    yield f"raise trainer.n_gpus_per_node (now {cfg.trainer.n_gpus_per_node}): models are sharded over the devices"
+    yield from _more_devices(cfg)
+
+
+def _more_devices(cfg: Config) -> Iterator[str]:
+    """FSDP shards over the devices that there are; Megatron is told over how many."""
+    roles, now = training_roles(cfg), cfg.trainer.n_gpus_per_node
+    if any(role.megatron is None for role in roles):
+        yield f"raise trainer.n_gpus_per_node (now {now}): models are sharded over the devices"
+    for role in roles:
+        if (megatron := role.megatron) is not None:
+            yield (
+                f"raise {role.engine_key}.tensor_model_parallel_size (now {megatron.tensor_model_parallel_size}), and "
+                f"trainer.n_gpus_per_node (now {now}) where it takes more devices"
+            )
 
 
 def _micro_batches(cfg: Config, role: str, call: str) -> Iterator[str]:
@@ -69,10 +83,9 @@ def _micro_batches(cfg: Config, role: str, call: str) -> Iterator[str]:
         if setting.enable_gradient_checkpointing is not True:
             now = show(setting.enable_gradient_checkpointing)
             yield f"set {name}.enable_gradient_checkpointing=true (now {now})"
-        critic, actor = cfg.critic.fsdp, cfg.actor_rollout_ref.actor.fsdp_config
-        name, fsdp = ("critic.fsdp", critic) if role == "critic" else (f"{_ACTOR}.fsdp_config", actor)
-        if fsdp.reshard_after_forward is False:
-            yield f"set {name}.reshard_after_forward=auto (now false)"
+        (trained,) = (r for r in training_roles(cfg) if r.name == role)
+        if isinstance(trained.engine, FsdpConfig) and trained.engine.reshard_after_forward is False:
+            yield f"set {trained.engine_key}.reshard_after_forward=auto (now false)"
 
 
 def _budgets(cfg: Config) -> dict[str, tuple[str, int]]:
@@ -107,21 +120,13 @@ def _held_by_replicas(cfg: Config, call: str) -> Iterator[str]:
 
 
 def _held_by_training(cfg: Config) -> Iterator[str]:
-    actor, ref, critic = cfg.actor_rollout_ref.actor, cfg.actor_rollout_ref.ref, cfg.critic
-    offloads = {
-        f"{_ACTOR}.fsdp_config.optimizer_offload": actor.fsdp_config.optimizer_offload,
-        f"{_ACTOR}.fsdp_config.param_offload": actor.fsdp_config.param_offload,
-    }
-    dtypes = {f"{_ACTOR}.fsdp_config.model_dtype": actor.fsdp_config.model_dtype}
-    if cfg.use_reference:
-        offloads[f"{_REF}.fsdp_config.param_offload"] = ref.fsdp_config.param_offload
-    if cfg.use_critic:
-        offloads["critic.fsdp.optimizer_offload"] = critic.fsdp.optimizer_offload
-        offloads["critic.fsdp.param_offload"] = critic.fsdp.param_offload
-        dtypes["critic.fsdp.model_dtype"] = critic.fsdp.model_dtype
-    for key, value in offloads.items():
-        if value is False:
-            yield f"set {key}=auto (now false)"
-    for key, dtype in dtypes.items():
-        if dtype == "fp32":
-            yield f"set {key}=bf16 (now fp32): half the weights and optimizer state, less precise"
+    roles = training_roles(cfg)
+    for role in roles:
+        for key, value in role.offloads.items():
+            if value is False:
+                yield f"set {role.engine_key}.{key}=auto (now false)"
+    for role in roles:
+        if isinstance(role.engine, FsdpConfig) and role.engine.model_dtype == "fp32":
+            yield (
+                f"set {role.engine_key}.model_dtype=bf16 (now fp32): half the weights and optimizer state, less precise"
+            )

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from trainer.config.schema import Config, FsdpConfig, OptimConfig
+from trainer.config.roles import RoleName, TrainingRole, training_roles
+from trainer.config.schema import ActorConfig, Config, CriticConfig, OptimConfig
 from trainer.data.order import steps_per_epoch
+from trainer.engines import parallel_spec, shard_spec
 from trainer.inputs import Inputs, absolute
 from trainer.placement import Device, DeviceType
-from workers.engines.base import EngineSpec, OptimizerSpec, ShardSpec
-from workers.memory import Offload
+from workers.engines.base import EngineSpec, OptimizerSpec
 from workers.rollout.spec import RolloutSpec, SamplingSpec
-
-_MASTER_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,81 +84,33 @@ def rollout_spec(cfg: Config, inputs: Inputs, kind: DeviceType, devices: list[De
     )
 
 
-def actor_spec(cfg: Config, inputs: Inputs, sizes: Sizes) -> EngineSpec:
-    """The policy that is trained."""
-    actor = cfg.actor_rollout_ref.actor
-    return _engine_spec(
-        cfg,
-        inputs.model_path,
-        head="logprobs",
-        sharding=_sharding(actor.fsdp_config),
-        optimizer=_optimizer(actor.optim, sizes.total_steps * sizes.actor_updates_per_step),
-        gradient_checkpointing=cfg.actor_rollout_ref.model.enable_gradient_checkpointing,
-    )
+def engine_specs(cfg: Config, inputs: Inputs, sizes: Sizes) -> dict[RoleName, EngineSpec]:
+    """The engine of each training role: the policy, the frozen reference, the value function."""
+    return {role.name: _engine_spec(cfg, inputs, sizes, role) for role in training_roles(cfg)}
 
 
-def reference_spec(cfg: Config, inputs: Inputs) -> EngineSpec:
-    """The frozen reference: forward only."""
-    fsdp = cfg.actor_rollout_ref.ref.fsdp_config
-    return _engine_spec(
-        cfg,
-        inputs.model_path,
-        head="logprobs",
-        sharding=ShardSpec(fsdp.dtype, fsdp.dtype, fsdp.reshard_after_forward, fsdp.wrap_min_num_params),
-        optimizer=None,
-        gradient_checkpointing=False,
-    )
-
-
-def critic_spec(cfg: Config, sizes: Sizes) -> EngineSpec:
-    """The value function."""
-    critic = cfg.critic
-    return _engine_spec(
-        cfg,
-        absolute(critic.model.path),
-        head="values",
-        sharding=_sharding(critic.fsdp),
-        optimizer=_optimizer(critic.optim, sizes.total_steps * sizes.critic_updates_per_step),
-        gradient_checkpointing=critic.model.enable_gradient_checkpointing,
-    )
-
-
-def offloads(cfg: Config) -> dict[str, dict[str, Offload]]:
-    """When the parts of each role's engine leave the device."""
-    actor, ref, critic = cfg.actor_rollout_ref.actor.fsdp_config, cfg.actor_rollout_ref.ref.fsdp_config, cfg.critic.fsdp
-    return {
-        "actor": {"weights": actor.param_offload, "optimizer": actor.optimizer_offload},
-        "ref": {"weights": ref.param_offload},
-        "critic": {"weights": critic.param_offload, "optimizer": critic.optimizer_offload},
-    }
-
-
-def _engine_spec(
-    cfg: Config,
-    model_path: str,
-    *,
-    head: Literal["logprobs", "values"],
-    sharding: ShardSpec,
-    optimizer: OptimizerSpec | None,
-    gradient_checkpointing: bool | Literal["auto"],
-) -> EngineSpec:
+def _engine_spec(cfg: Config, inputs: Inputs, sizes: Sizes, role: TrainingRole) -> EngineSpec:
     """With what every role takes from actor_rollout_ref.model."""
-    model = cfg.actor_rollout_ref.model
+    model, critic = cfg.actor_rollout_ref.model, cfg.critic
+    path, checkpointing, optimizer = inputs.model_path, model.enable_gradient_checkpointing, None
+    if isinstance(role.config, ActorConfig):
+        optimizer = _optimizer(role.config.optim, sizes.total_steps * sizes.actor_updates_per_step)
+    elif isinstance(role.config, CriticConfig):
+        path, checkpointing = absolute(critic.model.path), critic.model.enable_gradient_checkpointing
+        optimizer = _optimizer(role.config.optim, sizes.total_steps * sizes.critic_updates_per_step)
     return EngineSpec(
-        model_path=model_path,
-        head=head,
-        sharding=sharding,
+        strategy=role.strategy,
+        parallel=parallel_spec(role),
+        model_path=path,
+        head="values" if role.name == "critic" else "logprobs",
+        sharding=shard_spec(role),
         optimizer=optimizer,
-        gradient_checkpointing=gradient_checkpointing,
+        gradient_checkpointing=checkpointing if optimizer else False,
         share_prompt=model.share_prompt,
         compile=model.use_torch_compile,
         trust_remote_code=model.trust_remote_code,
         override_config=model.override_config,
     )
-
-
-def _sharding(fsdp: FsdpConfig) -> ShardSpec:
-    return ShardSpec(fsdp.dtype, _MASTER_DTYPES[fsdp.model_dtype], fsdp.reshard_after_forward, fsdp.wrap_min_num_params)
 
 
 def _optimizer(optim: OptimConfig, total_updates: int) -> OptimizerSpec:

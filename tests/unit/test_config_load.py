@@ -154,7 +154,7 @@ def test_home_directory_is_expanded() -> None:
         ("data.train_files=[]", "data.train_files=[]: must have at least 1 items"),
         ("data.truncation=middel", "'left', 'right' or 'middle'"),
         (f"{ACTOR}.clip_ratio_c=1.0", f"{ACTOR}.clip_ratio_c=1.0: must be greater than 1.0"),
-        (f"{ACTOR}.strategy=megatron", f"{ACTOR}.strategy=megatron: must be 'fsdp'"),
+        ("critic.strategy=fsdp2", "critic.strategy=fsdp2: must be one of 'fsdp' or 'megatron'"),
         (f"{ACTOR}.optim.betas=[0.9]", "betas"),
         (f"{ACTOR}.optim.betas=[0.9,0.9,0.9]", "must have at most 2 items"),
         (f"{ACTOR}.optim.lr=-1", f"{ACTOR}.optim.lr=-1: must be at least 0"),

@@ -21,6 +21,16 @@ from trainer.config.schema import Config
 YAML = CONFIG_DIR / "ppo_trainer.yaml"
 BASE = ["data.train_files=train.jsonl", "actor_rollout_ref.model.path=org/model"]
 SELF_EXPLAINING = {"project_name", "experiment_name", "nnodes", "lr", "weight_decay", "betas", "eps"}
+MEGATRON_OF_ONE_RUN = {
+    "tensor_model_parallel_size": 2,
+    "pipeline_model_parallel_size": 3,
+    "virtual_pipeline_model_parallel_size": 4,
+    "expert_model_parallel_size": 5,
+    "context_parallel_size": 6,
+    "sequence_parallel": True,
+    "dtype": "float32",
+}
+"""What the reference and the critic take from the actor unless told otherwise, and other values than the defaults."""
 
 
 @cache
@@ -120,6 +130,12 @@ def test_every_interpolation_reaches_the_intended_key() -> None:
         "critic.loss_agg_mode": "actor_rollout_ref.actor.loss_agg_mode",
         "critic.fsdp.dtype": "actor_rollout_ref.actor.fsdp_config.dtype",
         "critic.fsdp.wrap_min_num_params": "actor_rollout_ref.actor.fsdp_config.wrap_min_num_params",
+        **{f"{role}.strategy": "actor_rollout_ref.actor.strategy" for role in ("actor_rollout_ref.ref", "critic")},
+        **{
+            f"{role}.megatron.{name}": f"actor_rollout_ref.actor.megatron.{name}"
+            for role in ("actor_rollout_ref.ref", "critic")
+            for name in MEGATRON_OF_ONE_RUN
+        },
     }
     changed = {
         "actor_rollout_ref.model.path": "other/model",
@@ -132,6 +148,8 @@ def test_every_interpolation_reaches_the_intended_key() -> None:
         "actor_rollout_ref.actor.ppo_epochs": 5,
         "actor_rollout_ref.actor.shuffle": True,
         "actor_rollout_ref.actor.loss_agg_mode": "token-sum",
+        "actor_rollout_ref.actor.strategy": "megatron",
+        **{f"actor_rollout_ref.actor.megatron.{name}": value for name, value in MEGATRON_OF_ONE_RUN.items()},
     }
     interpolated = {key for key, value in yaml_values(raw_yaml()) if "${" in str(value)}
     assert interpolated == {*expected, "trainer.default_local_dir"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from trainer.config.validate import role_devices, validate
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
 GRPO = ["algorithm.adv_estimator=grpo", f"{ROLLOUT}.n=8"]
+MEGATRON = f"{ACTOR}.megatron"
+TENSOR, PIPELINE = f"{MEGATRON}.tensor_model_parallel_size", f"{MEGATRON}.pipeline_model_parallel_size"
 
 
 def make_model(directory: Path) -> Path:
@@ -151,6 +154,119 @@ def test_keys_that_do_not_go_together(base: list[str], overrides: list[str], pro
     assert problem in message
     assert remedy in message
     assert len(message.splitlines()) == 1, "one mistake, one problem"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem", "remedy"),
+    [
+        (
+            [f"{TENSOR}=3"],
+            f"{TENSOR}=3 x pipeline_model_parallel_size=1: 3 devices hold one model, and do not divide the 8",
+            f"change them, {ACTOR}.device_mapping",
+        ),
+        (
+            [f"{TENSOR}=4", f"{PIPELINE}=4"],
+            f"{TENSOR}=4 x pipeline_model_parallel_size=4: 16 devices hold one model, and do not divide the 8",
+            "or trainer.n_gpus_per_node",
+        ),
+        (
+            [f"{TENSOR}=2", f"{ACTOR}.device_mapping=0-2"],
+            f"{TENSOR}=2 x pipeline_model_parallel_size=1: 2 devices hold one model, and do not divide the 3",
+            f"{ACTOR}.device_mapping",
+        ),
+        (
+            [f"{TENSOR}=2", f"{MEGATRON}.expert_model_parallel_size=3"],
+            f"{MEGATRON}.expert_model_parallel_size=3: does not divide the 4 data-parallel devices",
+            "set it to 1, or to a divisor",
+        ),
+        (
+            [f"{MEGATRON}.virtual_pipeline_model_parallel_size=2"],
+            f"{MEGATRON}.virtual_pipeline_model_parallel_size=2: chunks of pipeline stages, and there is one stage",
+            f"set {PIPELINE}=2 or more, or leave it null",
+        ),
+        (
+            [f"{MEGATRON}.context_parallel_size=2"],
+            f"{MEGATRON}.context_parallel_size=2: sequences cannot be cut over devices yet",
+            "set it to 1",
+        ),
+        (
+            [f"{TENSOR}=2", "critic.megatron.tensor_model_parallel_size=4"],
+            f"critic.megatron.tensor_model_parallel_size=4: {TENSOR}=2, and both run in the same processes",
+            "make them equal, give critic devices of its own (critic.device_mapping), or set critic.strategy=fsdp",
+        ),
+        (
+            [*GRPO, f"{ACTOR}.use_kl_loss=true", f"{PIPELINE}=2", "actor_rollout_ref.ref.device_mapping=0"],
+            "actor_rollout_ref.ref.megatron.tensor_model_parallel_size=1 x pipeline_model_parallel_size=2: 2 devices "
+            "hold one model, and do not divide the 1 of actor_rollout_ref.ref",
+            "actor_rollout_ref.ref.device_mapping",
+        ),
+        (
+            [f"{TENSOR}=2", "data.train_batch_size=3", f"{ACTOR}.ppo_mini_batch_size=3"],
+            f"{ACTOR}.ppo_mini_batch_size=3: 3 sequences ({ROLLOUT}.n=1) for 4 data-parallel ranks",
+            "raise it",
+        ),
+    ],
+)
+def test_what_megatron_cannot_do(base: list[str], overrides: list[str], problem: str, remedy: str) -> None:
+    message = refused(base, f"{ACTOR}.strategy=megatron", *overrides)
+    assert problem in message
+    assert remedy in message
+    assert len(message.splitlines()) == 1, "one mistake, one problem"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [f"{ACTOR}.strategy=megatron", f"{TENSOR}=2", f"{PIPELINE}=2"],
+        [f"{ACTOR}.strategy=megatron", f"{TENSOR}=8", "critic.strategy=fsdp", "critic.device_mapping=0-2"],
+        [f"{ACTOR}.strategy=megatron", f"{TENSOR}=8", "data.train_batch_size=1", f"{ACTOR}.ppo_mini_batch_size=1"],
+        ["critic.strategy=megatron", "critic.megatron.tensor_model_parallel_size=4"],
+        [
+            f"{ACTOR}.strategy=megatron",
+            f"{TENSOR}=2",
+            f"{ACTOR}.device_mapping=0-3",
+            "critic.device_mapping=4-7",
+            "critic.megatron.tensor_model_parallel_size=4",
+        ],
+    ],
+)
+def test_engines_mix(base: list[str], overrides: list[str]) -> None:
+    assert validate(load_config([*base, *overrides])) == []
+
+
+def test_settings_of_an_engine_that_is_not_used_are_not_checked(base: list[str]) -> None:
+    assert validate(load_config([*base, f"{TENSOR}=3", f"{MEGATRON}.context_parallel_size=2"])) == []
+
+
+@pytest.mark.parametrize(
+    ("installed", "has_triton", "problem"),
+    [
+        (None, True, "megatron-core is not installed"),
+        ("0.15.3", True, "megatron-core 0.15.3: Tandem needs >=0.16.1,<0.20"),
+        ("0.20.0rc1", True, "megatron-core 0.20.0rc1: Tandem needs >=0.16.1,<0.20"),
+        ("0.19.2", False, "megatron-core 0.19.2 imports triton, which is not installed"),
+        ("0.19.2", True, ""),
+        ("0.16.1", False, ""),
+    ],
+)
+def test_megatron_that_is_installed(
+    base: list[str], monkeypatch: pytest.MonkeyPatch, installed: str | None, has_triton: bool, problem: str
+) -> None:
+    def version(name: str) -> str:
+        assert name == "megatron-core"
+        if installed is None:
+            raise PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr("trainer.config.megatron.version", version)
+    monkeypatch.setattr("trainer.config.megatron.find_spec", lambda name: object() if has_triton else None)
+    assert validate(load_config(base)) == [], "nobody asks for it"
+    if not problem:
+        assert validate(load_config([*base, f"{ACTOR}.strategy=megatron"])) == []
+        return
+    message = refused(base, f"{ACTOR}.strategy=megatron")
+    assert message.startswith(f'{ACTOR}.strategy=megatron: {problem}; python -m pip install "megatron-core==0.16.1"')
+    assert message.endswith(f"or set {ACTOR}.strategy=fsdp")
 
 
 def test_all_problems_at_once(base: list[str]) -> None:

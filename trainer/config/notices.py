@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from trainer.config.roles import training_roles
 from trainer.config.schema import Config
 
 _ROLLOUT = "actor_rollout_ref.rollout"
@@ -51,15 +52,8 @@ def _sampling(cfg: Config) -> Iterator[str]:
 
 
 def _offload(cfg: Config) -> Iterator[str]:
-    roles, critic = cfg.actor_rollout_ref, cfg.critic.fsdp
-    settings = {
-        f"{_ACTOR}.fsdp_config.param_offload": roles.actor.fsdp_config.param_offload,
-        f"{_ACTOR}.fsdp_config.optimizer_offload": roles.actor.fsdp_config.optimizer_offload,
-        "actor_rollout_ref.ref.fsdp_config.param_offload": cfg.use_reference and roles.ref.fsdp_config.param_offload,
-        "critic.fsdp.param_offload": cfg.use_critic and critic.param_offload,
-        "critic.fsdp.optimizer_offload": cfg.use_critic and critic.optimizer_offload,
-    }
-    asked = [f"{key}=true" for key, value in settings.items() if value is True]
+    roles = training_roles(cfg)
+    asked = [f"{role.engine_key}.{key}=true" for role in roles for key, value in role.offloads.items() if value is True]
     if cfg.trainer.device == "cpu" and asked:
         yield f"{', '.join(asked)}: on a CPU this copies from host memory to host memory, and saves none"
 

@@ -54,6 +54,7 @@ Auto = bool | Literal["auto"]
 LossAggMode = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 KlKind = Literal["k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl"]
 ComputeDtype = Literal["bfloat16", "float32"]
+Strategy = Literal["fsdp", "megatron"]
 
 
 class Section(BaseModel):
@@ -123,6 +124,25 @@ class FsdpConfig(Section):
     optimizer_offload: Auto
 
 
+class RefMegatronConfig(Section):
+    """`ref.megatron`: how a model is cut into parts, its precision and its offloading."""
+
+    tensor_model_parallel_size: Positive
+    pipeline_model_parallel_size: Positive
+    virtual_pipeline_model_parallel_size: Positive | None
+    expert_model_parallel_size: Positive
+    context_parallel_size: Positive
+    sequence_parallel: bool
+    dtype: ComputeDtype
+    param_offload: Auto
+
+
+class MegatronConfig(RefMegatronConfig):
+    """`actor.megatron` and `critic.megatron`: the same of a trained model."""
+
+    optimizer_offload: Auto
+
+
 class CheckpointConfig(Section):
     """`actor.checkpoint`: what a checkpoint holds."""
 
@@ -134,7 +154,7 @@ class CheckpointConfig(Section):
 class ActorConfig(Section):
     """`actor_rollout_ref.actor`: how the policy is trained."""
 
-    strategy: Literal["fsdp"]
+    strategy: Strategy
     device_mapping: DeviceMapping
     ppo_mini_batch_size: Positive
     ppo_max_token_len_per_gpu: Positive
@@ -155,6 +175,7 @@ class ActorConfig(Section):
     kl_loss_type: KlKind
     optim: OptimConfig
     fsdp_config: FsdpConfig
+    megatron: MegatronConfig
     checkpoint: CheckpointConfig
 
 
@@ -170,9 +191,11 @@ class RefFsdpConfig(Section):
 class RefConfig(Section):
     """`actor_rollout_ref.ref`: the frozen reference policy."""
 
+    strategy: Strategy
     device_mapping: DeviceMapping
     log_prob_max_token_len_per_gpu: Positive
     fsdp_config: RefFsdpConfig
+    megatron: RefMegatronConfig
 
 
 class EngineKwargs(Section):
@@ -245,6 +268,7 @@ class CriticConfig(Section):
     """`critic`: the value function of PPO."""
 
     enable: bool | None
+    strategy: Strategy
     device_mapping: DeviceMapping
     model: CriticModelConfig
     ppo_mini_batch_size: Positive
@@ -256,6 +280,7 @@ class CriticConfig(Section):
     loss_agg_mode: LossAggMode
     optim: OptimConfig
     fsdp: FsdpConfig
+    megatron: MegatronConfig
 
 
 class CustomRewardFunctionConfig(Section):

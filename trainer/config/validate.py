@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from trainer.config.devices import parse_device_mapping
 from trainer.config.errors import UserError, raise_problems, show
 from trainer.config.inputs import check_model_path, check_reward_function, find_data_files
+from trainer.config.megatron import megatron_problems
 from trainer.config.notices import notices
-from trainer.config.schema import Config, DeviceMapping
+from trainer.config.roles import training_roles
+from trainer.config.schema import Config, DeviceMapping, RefConfig
 
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
@@ -69,19 +72,20 @@ def _mini_batch(key: str, size: int, batch: int) -> Iterator[str]:
 
 
 def _mini_batch_devices(cfg: Config) -> Iterator[str]:
-    """Every training rank needs at least one sequence of each mini-batch."""
-    n, every = cfg.actor_rollout_ref.rollout.n, cfg.num_devices
-    actor, critic = cfg.actor_rollout_ref.actor, cfg.critic
-    roles = [(ACTOR, actor.device_mapping, actor.ppo_mini_batch_size)]
-    critics = ("critic", critic.device_mapping, critic.ppo_mini_batch_size)
-    if cfg.use_critic and critics[1:] != roles[0][1:]:
-        roles.append(critics)
-    for role, mapping, size in roles:
-        devices = _count_devices(mapping, f"{role}.device_mapping", every)
-        if devices is not None and size * n < devices:
+    """Every data-parallel rank needs at least one sequence of each mini-batch."""
+    n, seen = cfg.actor_rollout_ref.rollout.n, set()
+    for role in training_roles(cfg):
+        if isinstance(role.config, RefConfig):
+            continue
+        devices = _count_devices(role.config.device_mapping, f"{role.key}.device_mapping", cfg.num_devices)
+        size, ranks = role.config.ppo_mini_batch_size, (devices or 0) // role.ranks_per_model
+        if size * n < ranks and (size, ranks) not in seen:
+            seen.add((size, ranks))
+            kind = "devices" if ranks == devices else "data-parallel ranks"
             yield (
-                f"{role}.ppo_mini_batch_size={size}: {size * n} sequences ({ROLLOUT}.n={n}) for {devices} devices, so "
-                f"some would have none; raise it, or use fewer devices (trainer.n_gpus_per_node, {role}.device_mapping)"
+                f"{role.key}.ppo_mini_batch_size={size}: {size * n} sequences ({ROLLOUT}.n={n}) for {ranks} {kind}, so "
+                "some would have none; raise it, or use fewer devices (trainer.n_gpus_per_node, "
+                f"{role.key}.device_mapping)"
             )
 
 
@@ -136,23 +140,30 @@ def _sleep(cfg: Config) -> Iterator[str]:
 
 
 def _devices(cfg: Config) -> Iterator[str]:
-    roles = cfg.actor_rollout_ref
     if cfg.trainer.nnodes > 1:
         yield (
             f"trainer.nnodes={cfg.trainer.nnodes}: weights travel through shared memory, which reaches one node; "
             "set trainer.nnodes=1"
         )
-    mappings: dict[str, DeviceMapping] = {f"{ACTOR}.device_mapping": roles.actor.device_mapping}
-    if cfg.use_reference and roles.ref.device_mapping != roles.actor.device_mapping:
-        mappings["actor_rollout_ref.ref.device_mapping"] = roles.ref.device_mapping
-    if cfg.use_critic and cfg.critic.device_mapping != roles.actor.device_mapping:
-        mappings["critic.device_mapping"] = cfg.critic.device_mapping
-    mappings[f"{ROLLOUT}.device_mapping"] = roles.rollout.device_mapping
+    mappings: dict[str, DeviceMapping] = {}
+    for role in training_roles(cfg):
+        if role.config.device_mapping not in mappings.values():
+            mappings[f"{role.key}.device_mapping"] = role.config.device_mapping
+    mappings[f"{ROLLOUT}.device_mapping"] = cfg.actor_rollout_ref.rollout.device_mapping
     for key, mapping in mappings.items():
         try:
             role_devices(mapping, key, num_devices=cfg.num_devices)
         except UserError as error:
             yield str(error)
+
+
+def _megatron(cfg: Config) -> Iterator[str]:
+    placed = []
+    for role in training_roles(cfg):
+        with suppress(UserError):  # a mapping that is wrong itself is reported by `_devices`
+            devices = role_devices(role.config.device_mapping, role.key, num_devices=cfg.num_devices)
+            placed.append((role, devices))
+    yield from megatron_problems(placed)
 
 
 def _tensor_parallel(cfg: Config) -> Iterator[str]:
@@ -266,6 +277,7 @@ _KEY_CHECKS = (
     _engine,
     _sleep,
     _devices,
+    _megatron,
     _tensor_parallel,
     _algorithm,
     _run,

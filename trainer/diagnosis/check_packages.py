@@ -22,6 +22,9 @@ _IMPORTED_FIRST = (
 )
 """What `from vllm import LLM` imports in every version: without one of these nothing starts. Others may do without."""
 
+MEGATRON_THAT_RUNS = pip("install", "megatron-core==0.16.1")
+"""The release that CI runs: it is there for every Python, and needs nothing that a build of torch may lack."""
+_MEGATRON_WITH_TRITON = ">=0.19"
 _OPTIONAL_STANDINS = ("torchvision", "torchaudio", "torchcodec")
 _SHOWN = 3
 
@@ -185,9 +188,25 @@ def flash_attention(facts: Facts) -> Iterator[Item]:
         yield ok("flash-attn", f"{found} (optional)")
 
 
+def megatron_trouble(found: str | None, *, has_triton: bool) -> str:
+    """Why `strategy=megatron` would be refused with this version of Megatron-core (None: not installed); or empty."""
+    wanted = database.load().tandem["megatron-core"]
+    if found is None:
+        return "megatron-core is not installed"
+    if not versions.inside(found, wanted):
+        return f"megatron-core {found}: Tandem needs {wanted}"
+    if versions.inside(found, _MEGATRON_WITH_TRITON) and not has_triton:
+        return f"megatron-core {found} imports triton, which is not installed"
+    return ""
+
+
 def optional(facts: Facts) -> Iterator[Item]:
     """Megatron-core and NCCL: what is there."""
     megatron = facts.version("megatron-core")
+    if megatron and versions.available():
+        trouble = megatron_trouble(megatron, has_triton=_real("triton", facts))
+        if trouble:
+            yield warning("Megatron-core", f"{trouble}; strategy=megatron would be refused", "", MEGATRON_THAT_RUNS)
     nccl = [n for n in facts.distributions if n.startswith("nvidia-nccl")]
     parts = [f"Megatron-core {megatron}" if megatron else "Megatron-core not installed, not needed"]
     if facts.torch is not None and facts.torch.cuda:

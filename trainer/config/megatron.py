@@ -1,0 +1,87 @@
+"""Checks of what `strategy=megatron` asks for: sizes, layouts that share processes, and the installed Megatron-core.
+
+What takes the model's own config to see (does tp divide its heads?) `trainer.inputs` asks of the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+from trainer.config.errors import show
+from trainer.config.roles import TrainingRole
+from trainer.config.schema import RefMegatronConfig
+from trainer.diagnosis.check_packages import MEGATRON_THAT_RUNS, megatron_trouble
+
+_LAYOUT = {
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+}
+"""Keys that Megatron's process groups follow from."""
+
+
+def megatron_problems(roles: Sequence[tuple[TrainingRole, tuple[int, ...]]]) -> Iterator[str]:
+    """What is wrong with the roles that Megatron runs. roles: all of them, each with its global device ranks."""
+    first: dict[tuple[int, ...], TrainingRole] = {}
+    for role, devices in roles:
+        if role.megatron is None:
+            continue
+        if devices in first:
+            yield from _another_layout(role, first[devices])
+        else:
+            first[devices] = role
+            yield from _sizes(role, role.megatron, len(devices))
+    if first:
+        yield from _installed(next(iter(first.values())))
+
+
+def _sizes(role: TrainingRole, megatron: RefMegatronConfig, num_devices: int) -> Iterator[str]:
+    key, per_model = role.engine_key, role.ranks_per_model
+    tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
+    experts, chunks = megatron.expert_model_parallel_size, megatron.virtual_pipeline_model_parallel_size
+    if num_devices % per_model:
+        yield (
+            f"{key}.tensor_model_parallel_size={tp} x pipeline_model_parallel_size={pp}: {per_model} devices hold one "
+            f"model, and do not divide the {num_devices} of {role.key}; change them, {role.key}.device_mapping, or "
+            "trainer.n_gpus_per_node"
+        )
+    elif num_devices // per_model % experts:
+        yield (
+            f"{key}.expert_model_parallel_size={experts}: does not divide the {num_devices // per_model} data-parallel "
+            f"devices of {role.key}, over which experts are spread; set it to 1, or to a divisor"
+        )
+    if chunks is not None and pp == 1:
+        yield (
+            f"{key}.virtual_pipeline_model_parallel_size={chunks}: chunks of pipeline stages, and there is one stage; "
+            f"set {key}.pipeline_model_parallel_size=2 or more, or leave it null"
+        )
+    if megatron.context_parallel_size != 1:
+        yield (
+            f"{key}.context_parallel_size={megatron.context_parallel_size}: sequences cannot be cut over devices yet; "
+            "set it to 1"
+        )
+
+
+def _another_layout(role: TrainingRole, first: TrainingRole) -> Iterator[str]:
+    """Megatron's process groups are global to a process: it has one layout, and roles on the same devices share it."""
+    mine, shared = (r.engine.model_dump(include=_LAYOUT) for r in (role, first))
+    for name, value in mine.items():
+        if value != shared[name]:
+            yield (
+                f"{role.engine_key}.{name}={show(value)}: {first.engine_key}.{name}={show(shared[name])}, and both run "
+                f"in the same processes, where Megatron has one layout; make them equal, give {role.key} devices of "
+                f"its own ({role.key}.device_mapping), or set {role.key}.strategy=fsdp"
+            )
+
+
+def _installed(role: TrainingRole) -> Iterator[str]:
+    try:
+        found: str | None = version("megatron-core")
+    except PackageNotFoundError:
+        found = None
+    trouble = megatron_trouble(found, has_triton=find_spec("triton") is not None)
+    if trouble:
+        yield f"{role.key}.strategy=megatron: {trouble}; {MEGATRON_THAT_RUNS.text}, or set {role.key}.strategy=fsdp"

@@ -1,0 +1,42 @@
+"""From the settings of a training role's engine to the plain ones it is built from: parallelism, precision, offload."""
+
+from __future__ import annotations
+
+from trainer.config.roles import TrainingRole
+from trainer.config.schema import FsdpConfig, MegatronConfig, RefMegatronConfig
+from workers.engines.base import ParallelSpec, ShardSpec
+from workers.memory import Offload
+
+_MASTER_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+_PARTS = {"param_offload": "weights", "optimizer_offload": "optimizer"}
+
+
+def parallel_spec(role: TrainingRole) -> ParallelSpec:
+    """How a role's model is cut; FSDP shards over all ranks."""
+    megatron = role.megatron
+    if megatron is None:
+        return ParallelSpec()
+    tensor = megatron.tensor_model_parallel_size
+    return ParallelSpec(
+        tensor=tensor,
+        pipeline=megatron.pipeline_model_parallel_size,
+        virtual_pipeline=megatron.virtual_pipeline_model_parallel_size,
+        sequence=megatron.sequence_parallel and tensor > 1,
+        expert=megatron.expert_model_parallel_size,
+    )
+
+
+def shard_spec(role: TrainingRole) -> ShardSpec:
+    """Precision; a model that is not trained is stored as it computes, and Megatron trains float32 master weights."""
+    engine = role.engine
+    if isinstance(engine, MegatronConfig):
+        return ShardSpec(engine.dtype, "float32", reshard_after_forward=False, wrap_min_num_params=0)
+    if isinstance(engine, RefMegatronConfig):
+        return ShardSpec(engine.dtype, engine.dtype, reshard_after_forward=False, wrap_min_num_params=0)
+    stored = _MASTER_DTYPES[engine.model_dtype] if isinstance(engine, FsdpConfig) else engine.dtype
+    return ShardSpec(engine.dtype, stored, engine.reshard_after_forward, engine.wrap_min_num_params)
+
+
+def offloads(role: TrainingRole) -> dict[str, Offload]:
+    """When the parts of a role's engine leave the device."""
+    return {_PARTS[key]: when for key, when in role.offloads.items()}
