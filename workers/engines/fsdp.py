@@ -27,6 +27,7 @@ from workers.engines.logprobs import CHUNK_BYTES
 from workers.engines.models import LogprobModel, ValueModel, compile_layers, decoder_layers, load_model
 from workers.engines.optimizer import begin_state, learning_rate, make_optimizer, moments
 from workers.engines.recompute import WORKING_LAYERS, Recompute, estimate, free_bytes, largest
+from workers.engines.reduction import reduce_metrics, spread
 from workers.engines.residency import Part, local_of
 from workers.normalizers import Normalizers
 from workers.sync.buckets import Shard
@@ -85,7 +86,7 @@ class FSDPEngine:
             with self._measured(len(micro.input_ids), max(tokens), len(tokens)):
                 outputs, entropies = self._run(micro, temperature, entropy=entropy)
                 value, measured = loss(outputs, entropies, micro)
-                (_spread(value) + 0.0 * outputs.sum()).backward()  # empty micro-batches take part in the collectives
+                (spread(value) + 0.0 * outputs.sum()).backward()  # empty micro-batches take part in the collectives
             metrics.append(measured if len(rows) else {})
         lr = learning_rate(self._spec.optimizer, self._num_updates)
         grad_norm = self._clip(self._spec.optimizer.clip_grad)
@@ -256,33 +257,6 @@ def _shard(module: nn.Module, spec: EngineSpec, mesh: DeviceMesh) -> _ShardedMod
 def _num_elements(module: nn.Module) -> int:
     """Of all parameters, whole."""
     return sum(p.numel() for p in module.parameters())
-
-
-def reduce_metrics(metrics: list[dict[str, Tensor]], group: dist.ProcessGroup) -> dict[str, float]:
-    """Adds metrics over micro-batches and ranks; names ending in _max and _min are maxima and minima.
-
-    Collective, one object per rank: ranks whose micro-batches were all empty have no metrics of their own.
-    """
-    names = sorted({name for m in metrics for name in m})
-    local = {name: _reduce(name, torch.stack([m[name].float() for m in metrics if name in m])) for name in names}
-    values = dict(zip(local, torch.stack(list(local.values())).tolist(), strict=True)) if local else {}
-    if dist.get_world_size(group) == 1:
-        return values
-    everyone: list[dict[str, float]] = [{} for _ in range(dist.get_world_size(group))]
-    dist.all_gather_object(everyone, values, group=group)
-    merged = sorted({name for m in everyone for name in m})
-    return {n: float(_reduce(n, torch.tensor([m[n] for m in everyone if n in m], dtype=torch.float64))) for n in merged}
-
-
-def _reduce(name: str, values: Tensor) -> Tensor:
-    if name.endswith("_max"):
-        return values.max()
-    return values.min() if name.endswith("_min") else values.sum()
-
-
-def _spread(loss: Tensor) -> Tensor:
-    """The loss; one that is not finite gets a gradient that is not either, and every rank sees it in the norm."""
-    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
 def _hf_name(name: str) -> str:

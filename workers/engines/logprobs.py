@@ -5,6 +5,9 @@ memory grows with the chunk and not with tokens times vocabulary. Only response 
 
 The normaliser of a softmax is kept as the largest logit of the row and the logarithm of the sum beside it. Their sum is
 as large as the logits and rounded at that size; log p = (logit - largest) - log_sum is not.
+
+Where ranks hold parts of the vocabulary, each computes the softmax over its own part, and the parts are merged by their
+normalisers: two collectives over [R] numbers per call, whatever the chunks.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from packaging.version import Version
 from torch import Tensor
 
@@ -22,6 +26,13 @@ CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 FLOAT32_LOGITS = Version(torch.__version__) >= Version("2.10")
 """On a GPU, logits of half-precision states leave the matrix product in float32, not rounded to half precision first.
 False: rounded, and half as many bytes are written and read. PyTorch 2.8 and 2.9 can do it, but not compiled."""
+
+
+class VocabularyPart(NamedTuple):
+    """The rows of the output layer that this rank holds. group: of the ranks that hold the others; first: token."""
+
+    group: dist.ProcessGroup
+    first: int
 
 
 class _Kernels(NamedTuple):
@@ -35,9 +46,12 @@ class _Kernels(NamedTuple):
 def _forward_chunk(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probs of the targets, largest logits, logarithms of the sums beside them), [R] each."""
+    """(log-probs of the targets, largest logits, logarithms of the sums beside them), [R] each.
+
+    targets: -1 where another part of the vocabulary has the token; its log-prob means nothing.
+    """
     logits = _logits(hidden, weight, temperature)
-    chosen = logits.gather(-1, targets[:, None])
+    chosen = logits.gather(-1, targets.clamp(min=0)[:, None])
     largest = logits.amax(-1, keepdim=True)
     log_sum = logits.sub_(largest).exp_().sum(-1, keepdim=True).log()  # as inductor knows it: one pass with `amax`
     return (chosen - largest - log_sum).squeeze(-1), largest.squeeze(-1), log_sum.squeeze(-1)
@@ -69,7 +83,8 @@ def _logits_gradient(
         factor = factor - (below - entropy[0][:, None]) * entropy[1][:, None]
     grad = torch.exp(below - log_sum[:, None]) * factor
     if hidden.device.type == "cpu":
-        grad.scatter_add_(-1, targets[:, None], grad_logprobs[:, None])
+        chosen_grad = torch.where(targets >= 0, grad_logprobs, 0.0)
+        grad.scatter_add_(-1, targets.clamp(min=0)[:, None], chosen_grad[:, None])
     else:  # a comparison is fused with the rest, a scatter is not
         chosen = torch.arange(weight.shape[0], device=targets.device)[None] == targets[:, None]
         grad = grad + torch.where(chosen, grad_logprobs[:, None], 0.0)
@@ -88,7 +103,14 @@ def _kernels(device_type: str) -> _Kernels:
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        entropy: bool,
+        chunk: int,
+        part: VocabularyPart | None,
     ) -> tuple[Tensor, Tensor]:
         logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         largest, log_sum = torch.empty_like(logprobs), torch.empty_like(logprobs)
@@ -99,6 +121,8 @@ class _TokenLogprobs(torch.autograd.Function):
             logprobs[rows], largest[rows], log_sum[rows] = found
             if entropy:
                 means[rows] = kernels.entropy(hidden[rows], weight, largest[rows], log_sum[rows], temperature)
+        if part is not None:
+            logprobs, largest, log_sum, means = _merged(part, targets >= 0, logprobs, largest, log_sum, means)
         ctx.save_for_backward(hidden, weight, targets, largest, log_sum, means)
         ctx.settings = (temperature, entropy, chunk)
         return logprobs, (log_sum - means if entropy else means)
@@ -117,19 +141,49 @@ class _TokenLogprobs(torch.autograd.Function):
             grad = gradient(hidden[rows], weight, *rowwise, part, temperature)
             grad_hidden[rows] = grad @ weight
             grad_weight += grad.t() @ hidden[rows]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+
+
+def _merged(
+    part: VocabularyPart, is_own: Tensor, logprobs: Tensor, largest: Tensor, log_sum: Tensor, means: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One softmax from those over the parts of the vocabulary; all [R], `means` empty where nobody asked for entropy.
+
+    is_own: the target is in this part.
+    """
+    most = largest.clone()
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=part.group)
+    below = largest - most
+    share = torch.exp(below + log_sum)
+    chosen = torch.where(is_own, logprobs + log_sum + below, 0.0)
+    sums = torch.stack([share, chosen] + ([share * (means + below)] if len(means) else []))
+    dist.all_reduce(sums, group=part.group)
+    total = sums[0].log()
+    return sums[1] - total, most, total, sums[2] / sums[0] if len(means) else means
 
 
 def token_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float, entropy: bool, chunk: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float,
+    entropy: bool,
+    chunk: int | None = None,
+    part: VocabularyPart | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """log softmax(hidden @ weight.T / temperature)[targets], and the entropy of that distribution if asked for.
 
     hidden: [R, hidden_size]; weight: [vocabulary, hidden_size]; targets: [R] int64. chunk: rows at a time.
+    part: weight is this part of the vocabulary only, hidden and targets are the same on all ranks of its group; the
+        gradient of hidden is then this part's, to be summed over the group.
     Returns float32 ([R], [R] or None), both differentiable in hidden and weight.
     """
+    if part is not None:
+        local = targets - part.first
+        targets = torch.where((local >= 0) & (local < weight.shape[0]), local, -1)
     rows = chunk if chunk is not None else max(1, CHUNK_BYTES[hidden.device.type] // (4 * weight.shape[0]))
-    logprobs, entropies = _TokenLogprobs.apply(hidden, weight, targets, temperature, entropy, rows)  # type: ignore[no-untyped-call]
+    logprobs, entropies = _TokenLogprobs.apply(hidden, weight, targets, temperature, entropy, rows, part)  # type: ignore[no-untyped-call]
     return logprobs, (entropies if entropy else None)
 
 
