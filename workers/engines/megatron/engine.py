@@ -1,0 +1,293 @@
+"""TrainEngine on Megatron-core: dense decoders cut by tensor, pipeline and sequence, packed micro-batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import tee
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
+from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import AutoConfig, PreTrainedConfig
+
+from workers.batch import Batch, MicroBatch
+from workers.engines.base import EngineSpec, Loss, MicroBatches, StepResult, Update
+from workers.engines.logprobs import CHUNK_BYTES
+from workers.engines.megatron import groups, shim
+from workers.engines.megatron.architectures import check, items
+from workers.engines.megatron.checkpoint import as_state, save_copy
+from workers.engines.megatron.convert import Checkpoint, Place, fill_gaps, held, parameters_of, parts
+from workers.engines.megatron.model import Stage, padded, transformer_config
+from workers.engines.megatron.optimizer import Gradients, MasterAdamW, clip_scale, gradient_norm
+from workers.engines.optimizer import learning_rate
+from workers.engines.recompute import WORKING_LAYERS
+from workers.engines.reduction import reduce_metrics, spread
+from workers.engines.residency import Part
+from workers.normalizers import Normalizers
+from workers.sync.buckets import Shard
+
+_NO_NORM = Normalizers(1.0, 1.0)
+Finish = Callable[[MicroBatch, Tensor, Tensor | None], Any]
+"""What becomes of a micro-batch's outputs and entropies, on the last stage."""
+
+
+class MegatronEngine:
+    """See `workers.engines.base.TrainEngine`. All ranks of the default process group take part; `spec.parallel` says
+    how. Weights are read from `spec.model_path` slice by slice, straight into the parameters.
+
+    Exports and copies show the weights the model computes with; master weights are the optimizer's.
+    holds_outputs: of its data-parallel share: on the last stage's first tensor-parallel rank.
+
+    Raises ValueError for a model that is not known or cannot be cut so (`architectures.check`).
+    """
+
+    def __init__(self, spec: EngineSpec, device: torch.device) -> None:
+        self._spec, self._device = spec, device
+        self._hf = hf_config(spec)
+        if problems := check(self._hf, spec.parallel):
+            raise ValueError("; ".join(problems))
+        shim.install(device)
+        groups.use(spec.parallel)
+        self._config = transformer_config(self._hf, spec, device)
+        virtual = spec.parallel.virtual_pipeline
+        chunks = range(virtual) if virtual else (None,)
+        stages = [Stage(self._hf, self._config, spec.head, chunk).to(device) for chunk in chunks]
+        self._chunks: Sequence[nn.Module] = [stage.train(spec.optimizer is not None) for stage in stages]
+        self._layers = [layer for stage in stages for layer in stage.decoder.layers]
+        self._parameters = parameters_of(stages)
+        self._items = list(items(self._hf, spec.head))
+        self._place = _place()
+        self._is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        self.holds_outputs = self._is_last_stage and self._place.tensor_rank == 0
+        self.parts = {"weights": Part(lambda: [p.detach() for p in self._parameters.values()])}
+        self._training = _Training(self._config, stages, self._parameters, spec) if spec.optimizer else None
+        self._num_updates = 0
+        if self._training is not None:
+            self._chunks = self._training.chunks
+            self.parts["optimizer"] = Part(self._training.optimizer.tensors)
+        fill_gaps(self._stored)
+        Checkpoint(Path(spec.model_path)).read(held(self._items, self._stored, self._place))
+        self._publish()
+
+    def forward(self, batch: Batch, micro_batches: MicroBatches, *, temperature: float) -> Tensor:
+        """Log-probs or values of every response token, float32 [batch.num_tokens] on the host; zeros on all stages but
+        the last."""
+        result = torch.zeros(batch.num_tokens, dtype=torch.float32)
+
+        def keep(rows: Sequence[int], _: MicroBatch, outputs: Tensor, __: Tensor | None) -> None:
+            result[torch.from_numpy(batch.token_index(rows))] = outputs.cpu()
+
+        todo = [(rows, partial(keep, rows)) for rows in self._even(micro_batches)]
+        with torch.no_grad():
+            self._run(batch, todo, _NO_NORM, temperature, entropy=False, forward_only=True)
+        return result
+
+    def train_step(self, batch: Batch, update: Update, loss: Loss, *, temperature: float, entropy: bool) -> StepResult:
+        """Forward, backward and one optimizer step; a non-finite loss or gradient on any rank skips it on all."""
+        training, settings = self._training, self._spec.optimizer
+        assert training is not None and settings is not None
+        metrics: list[dict[str, Tensor]] = []
+
+        def lose(micro: MicroBatch, outputs: Tensor, entropies: Tensor | None) -> tuple[Tensor, Tensor, dict[str, Any]]:
+            value, measured = loss(outputs, entropies, micro)
+            if micro.num_sequences and self.holds_outputs:
+                metrics.append(measured)
+            total = spread(value) + 0.0 * outputs.sum()  # empty micro-batches take part in the collectives
+            return total, torch.zeros((), dtype=torch.int), {}
+
+        todo = [(rows, lose) for rows in self._even(update.micro_batches)]
+        with training.gradients:
+            self._run(batch, todo, update.norm, temperature, entropy=entropy, forward_only=False)
+            grad_norm = gradient_norm(self._own_gradients(), parallel_state.get_model_parallel_group())
+            skipped = not math.isfinite(grad_norm)
+            lr = learning_rate(settings, self._num_updates)
+            if not skipped:
+                training.optimizer.step(lr, clip_scale(grad_norm, settings.clip_grad))
+        self._num_updates += 1
+        return StepResult(reduce_metrics(metrics, _world()), grad_norm, lr, skipped)
+
+    def update_wants(self, batch: Batch, update: Update) -> int:
+        """Bytes an optimizer step wants to find free besides weights and optimizer state."""
+        assert self._training is not None
+        tokens = self._most_tokens(batch, update.micro_batches)
+        in_flight = min(len(update.micro_batches), self._spec.parallel.pipeline)
+        kept = 2 * self._config.hidden_size if self._config.recompute_granularity else self._layer_bytes()
+        activations = tokens * (in_flight * len(self._layers) * kept + WORKING_LAYERS * self._layer_bytes())
+        return int(activations) + self._training.num_bytes + self._logits_bytes()
+
+    def forward_wants(self, batch: Batch, micro_batches: MicroBatches) -> int:
+        """Bytes a forward pass wants to find free besides the weights."""
+        tokens = self._most_tokens(batch, micro_batches)
+        return int(tokens * self._layer_bytes() * WORKING_LAYERS) + self._logits_bytes()
+
+    def export_weights(self) -> Iterator[Shard]:
+        """This rank's part of every parameter under its Hugging Face name; data-parallel replicas divide theirs."""
+        return parts(self._items, held(self._items, self._parameters, self._place), self._place)
+
+    def save(self, directory: Path) -> None:
+        """Model, optimizer and update counter under Hugging Face names, by torch.distributed.checkpoint."""
+        groups.use(self._spec.parallel)
+        save_sharded(self._state(), checkpoint_id=directory, process_group=_world())
+
+    def load(self, directory: Path) -> None:
+        """Takes back what `save` wrote, under any number of ranks and however the model is cut."""
+        groups.use(self._spec.parallel)
+        state = self._state()
+        load_sharded(state, checkpoint_id=directory, process_group=_world())
+        self._num_updates = int(state["num_updates"].item())
+        if self._training is not None:
+            self._training.optimizer.num_steps = int(state["num_steps"].item())
+        self._publish()
+
+    def save_hf(self, directory: Path) -> None:
+        """Hugging Face checkpoint (config and safetensors) in the dtype the model computes in, written by rank 0."""
+        save_copy(directory, self._hf, Path(self._spec.model_path), self.export_weights())
+
+    @property
+    def _stored(self) -> Mapping[str, Tensor]:
+        """Where weights are kept to full precision."""
+        return self._training.optimizer.masters if self._training else self._parameters
+
+    def _publish(self) -> None:
+        if self._training is not None:
+            self._training.optimizer.publish()
+
+    def _state(self) -> dict[str, Any]:
+        """Shares memory with the engine: loading into it is loading."""
+        mesh = DeviceMesh.from_group(parallel_state.get_tensor_model_parallel_group(), self._device.type)
+
+        def named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return as_state(held(self._items, tensors, self._place), mesh)
+
+        state: dict[str, Any] = {"model": named(self._stored), "num_updates": torch.tensor(self._num_updates)}
+        if self._training is None:
+            return state
+        optimizer = self._training.optimizer
+        moments = {name: named(optimizer.state(name)) for name in ("exp_avg", "exp_avg_sq")}
+        return state | {"optimizer": moments, "num_steps": torch.tensor(optimizer.num_steps)}
+
+    def _run(
+        self,
+        batch: Batch,
+        todo: Sequence[tuple[Sequence[int], Finish]],
+        norm: Normalizers,
+        temperature: float,
+        *,
+        entropy: bool,
+        forward_only: bool,
+    ) -> None:
+        """Micro-batches through Megatron's schedule, each packed when the first chunk of this rank asks for it."""
+
+        def step(data: Iterator[tuple[MicroBatch, Finish]], chunk: nn.Module) -> tuple[Tensor, Finish | None]:
+            micro, finish = next(data)
+            output = chunk(micro, temperature, entropy)
+            if isinstance(output, Tensor):
+                return output, None
+            outputs, entropies = output
+            return outputs, lambda outputs, **_: finish(micro, outputs, entropies)
+
+        groups.use(self._spec.parallel)
+        packed = ((self._pack(batch, rows, norm), finish) for rows, finish in todo)
+        with shim.schedule_devices(self._device):
+            get_forward_backward_func()(
+                forward_step_func=step,
+                data_iterator=list(tee(packed, len(self._chunks))),
+                model=list(self._chunks),
+                num_microbatches=len(todo),
+                seq_length=1,  # they tell each other
+                micro_batch_size=1,
+                forward_only=forward_only,
+                collect_non_loss_data=forward_only,
+            )
+
+    def _even(self, micro_batches: MicroBatches) -> list[Sequence[int]]:
+        """At least one, and for the interleaved schedule a multiple of the pipeline's length: empty ones fill it up."""
+        multiple = self._spec.parallel.pipeline if self._spec.parallel.virtual_pipeline else 1
+        missing = -len(micro_batches) % multiple if micro_batches else multiple
+        return [*micro_batches, *[()] * missing]
+
+    def _pack(self, batch: Batch, rows: Sequence[int], norm: Normalizers) -> MicroBatch:
+        micro = batch.micro_batch(rows, norm, share_prompt=self._spec.share_prompt, device=self._device)
+        return padded(micro, self._config.tensor_model_parallel_size) if self._config.sequence_parallel else micro
+
+    def _own_gradients(self) -> list[Tensor]:
+        """Those that no other rank of this rank's model-parallel group has."""
+        own = {i.parameter for i in self._items if not i.is_copy and (i.cut is not None or not self._place.tensor_rank)}
+        return [p.main_grad for name, p in self._parameters.items() if name in own]  # type: ignore[attr-defined]
+
+    def _most_tokens(self, batch: Batch, micro_batches: MicroBatches) -> int:
+        tokens = (batch.packed_tokens(rows, share_prompt=self._spec.share_prompt) for rows in micro_batches)
+        return max(tokens, default=0)
+
+    def _layer_bytes(self) -> int:
+        """Activations of one layer per token: what goes into matrix products and comes out of them, bfloat16."""
+        return 2 * sum(sum(p.shape) for p in self._layers[0].parameters() if p.ndim == 2)
+
+    def _logits_bytes(self) -> int:
+        """What log-probs take: chunks of logits, and the gradient of the output layer."""
+        if not self._is_last_stage or self._spec.head != "logprobs":
+            return 0
+        weight: int = self._hf.vocab_size * self._hf.hidden_size // self._place.tensor_size
+        return 3 * CHUNK_BYTES[self._device.type] + 6 * weight
+
+
+class _Training:
+    """What a model needs to be trained. chunks: the stages inside Megatron's gradient reduction."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        stages: Sequence[Stage],
+        parameters: Mapping[str, nn.Parameter],
+        spec: EngineSpec,
+    ) -> None:
+        assert spec.optimizer is not None
+        reduction = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+        config.finalize_model_grads_func = _sum_gradients
+        self.chunks = [DistributedDataParallel(config, reduction, stage) for stage in stages]
+        self.gradients = Gradients(self.chunks)
+        self.optimizer = MasterAdamW(parameters, spec.optimizer, getattr(torch, spec.sharding.master_dtype))
+
+    @property
+    def num_bytes(self) -> int:
+        """That a step takes for gradients and for what it makes the first time. (`DeviceMemory` knows of the moments
+        where the optimizer has nothing else.)"""
+        return self.gradients.num_bytes + (self.optimizer.missing_bytes if self.optimizer.tensors() else 0)
+
+
+def _sum_gradients(chunks: list[nn.Module], _: Tensor | None, **options: Any) -> None:
+    """Over ranks, not divided by a number of tokens: the loss has been divided already."""
+    finalize_model_grads(chunks, None, **options)
+
+
+def _place() -> Place:
+    return Place(
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def hf_config(spec: EngineSpec) -> PreTrainedConfig:
+    """The model's configuration, with what the spec overrides."""
+    config: PreTrainedConfig = AutoConfig.from_pretrained(spec.model_path, trust_remote_code=spec.trust_remote_code)
+    for name, value in spec.override_config.items():
+        setattr(config, name, value)
+    return config
+
+
+def _world() -> dist.ProcessGroup:
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD

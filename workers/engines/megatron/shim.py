@@ -1,0 +1,48 @@
+"""What Megatron-core needs to run where there is no GPU.
+
+It asks for CUDA by name in a few places that work as well on a CPU. Each piece answers one kind of question, and only a
+process that trains on a CPU installs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+
+
+def install(device: torch.device) -> None:
+    """Puts the pieces in place if `device` is a CPU (idempotent)."""
+    if device.type != "cpu":
+        return
+    from megatron.core.tensor_parallel import random
+
+    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]  # only ever a `device=`
+    torch.cuda.synchronize = lambda device=None: None  # pipelines wait for lengths that came over the network
+    random._get_cuda_rng_state = lambda **_: torch.get_rng_state()  # recomputation restores the generator's state
+    random._set_cuda_rng_state = lambda state, **_: torch.set_rng_state(state)
+
+
+def schedule_devices(device: torch.device) -> AbstractContextManager[Any]:
+    """Around a schedule, whose count of tokens is made with the literal `device="cuda"`."""
+    return _CudaMeansCpu() if device.type == "cpu" else nullcontext()
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    def __torch_function__(
+        self,
+        func: Callable[..., Tensor],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = _CPU
+        return func(*args, **kwargs)
