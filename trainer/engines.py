@@ -16,24 +16,21 @@ def parallel_spec(role: TrainingRole) -> ParallelSpec:
     megatron = role.megatron
     if megatron is None:
         return ParallelSpec()
-    tensor = megatron.tensor_model_parallel_size
     return ParallelSpec(
-        tensor=tensor,
+        tensor=megatron.tensor_model_parallel_size,
         pipeline=megatron.pipeline_model_parallel_size,
         virtual_pipeline=megatron.virtual_pipeline_model_parallel_size,
-        sequence=megatron.sequence_parallel and tensor > 1,
+        sequence=megatron.sequence_parallel,
         expert=megatron.expert_model_parallel_size,
     )
 
 
 def shard_spec(role: TrainingRole) -> ShardSpec:
-    """Precision; a model that is not trained is stored as it computes, and Megatron trains float32 master weights."""
+    """Precision (a model that is not trained is stored as it computes), and what FSDP gathers when."""
     engine = role.engine
-    if isinstance(engine, MegatronConfig):
-        return ShardSpec(engine.dtype, "float32", reshard_after_forward=False, wrap_min_num_params=0)
+    stored = _MASTER_DTYPES[engine.model_dtype] if isinstance(engine, FsdpConfig | MegatronConfig) else engine.dtype
     if isinstance(engine, RefMegatronConfig):
-        return ShardSpec(engine.dtype, engine.dtype, reshard_after_forward=False, wrap_min_num_params=0)
-    stored = _MASTER_DTYPES[engine.model_dtype] if isinstance(engine, FsdpConfig) else engine.dtype
+        return ShardSpec(engine.dtype, stored, reshard_after_forward=False, wrap_min_num_params=0)
     return ShardSpec(engine.dtype, stored, engine.reshard_after_forward, engine.wrap_min_num_params)
 
 

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.config.schema import Config
+from trainer.config.errors import raise_problems
+from trainer.config.roles import training_roles
+from trainer.config.schema import Config, ModelConfig
 from trainer.data.dataset import PromptDataset
+from trainer.engines import parallel_spec
+from workers.engines.megatron.architectures import check
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 _FINGERPRINT = (
     "model_type",
@@ -45,21 +49,21 @@ class Inputs:
 
 def load_inputs(cfg: Config) -> Inputs:
     """Reads and checks everything. Raises ValueError naming the key for what cannot be used."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     model = cfg.actor_rollout_ref.model
     model_path, tokenizer_path = absolute(model.path), absolute(model.tokenizer_path)
+    config = _read_config(model, model.path, "actor_rollout_ref.model.path")
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=model.trust_remote_code)
-        config = AutoConfig.from_pretrained(model_path, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"actor_rollout_ref.model.path={model.path}: config or tokenizer cannot be loaded: {error}; give a "
-            "directory with a Hugging Face checkpoint, or a hub name this machine can reach"
+            f"actor_rollout_ref.model.tokenizer_path={model.tokenizer_path}: cannot be loaded: {error}; give a "
+            "directory with a tokenizer, or a hub name this machine can reach"
         ) from error
-    fields = config.to_dict() | model.override_config
+    fields = config.to_dict()
     check_attention(fields, model.path, longest=cfg.max_sequence_length)
-    check_experts(fields, model.path)
+    check_engines(cfg)
     data = cfg.data
     train = PromptDataset.load(
         data, tokenizer, data.train_files, "data.train_files", max_samples=data.train_max_samples
@@ -107,6 +111,36 @@ def check_attention(fields: dict[str, Any], path: str, *, longest: int) -> None:
             f"actor_rollout_ref.model.path={path}: the model has {' and '.join(reasons)}, which packed training does "
             "not compute; use another model, or shorter sequences where only the window is in the way"
         )
+
+
+def check_engines(cfg: Config) -> None:
+    """Raises ValueError for a model that the engine of a role cannot hold, or not cut up as the role says."""
+    model = cfg.actor_rollout_ref.model
+    problems: dict[str, str] = {}
+    for role in training_roles(cfg):
+        key, path = ("critic", cfg.critic.model.path) if role.name == "critic" else ("actor_rollout_ref", model.path)
+        config = _read_config(model, path, f"{key}.model.path")
+        if role.megatron is None:
+            check_experts(config.to_dict(), path)
+            continue
+        for told in check(config, parallel_spec(role)):
+            where = role.key if told.startswith("strategy") else role.engine_key
+            problems.setdefault(told, f"{where}.{told}")  # the reference's are the actor's, unless told otherwise
+    raise_problems(list(problems.values()))
+
+
+def _read_config(model: ModelConfig, path: str, key: str) -> PreTrainedConfig:
+    from workers.engines.models import hf_config
+
+    try:
+        return hf_config(
+            absolute(path), trust_remote_code=model.trust_remote_code, override_config=model.override_config
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{key}={path}: config cannot be loaded: {error}; give a directory with a Hugging Face checkpoint, or a "
+            "hub name this machine can reach"
+        ) from error
 
 
 def check_experts(fields: dict[str, Any], path: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from trainer.config.errors import show
 from trainer.config.roles import training_roles
-from trainer.config.schema import Config, FsdpConfig
+from trainer.config.schema import Config, FsdpConfig, MegatronConfig
 from trainer.tracking.text import size
 from workers.group import WorkerOutOfMemory
 
@@ -83,9 +83,9 @@ def _micro_batches(cfg: Config, role: str, call: str) -> Iterator[str]:
         if setting.enable_gradient_checkpointing is not True:
             now = show(setting.enable_gradient_checkpointing)
             yield f"set {name}.enable_gradient_checkpointing=true (now {now})"
-        (trained,) = (r for r in training_roles(cfg) if r.name == role)
-        if isinstance(trained.engine, FsdpConfig) and trained.engine.reshard_after_forward is False:
-            yield f"set {trained.engine_key}.reshard_after_forward=auto (now false)"
+        for each in training_roles(cfg):
+            if each.name == role and isinstance(each.engine, FsdpConfig) and each.engine.reshard_after_forward is False:
+                yield f"set {each.engine_key}.reshard_after_forward=auto (now false)"
 
 
 def _budgets(cfg: Config) -> dict[str, tuple[str, int]]:
@@ -126,7 +126,7 @@ def _held_by_training(cfg: Config) -> Iterator[str]:
             if value is False:
                 yield f"set {role.engine_key}.{key}=auto (now false)"
     for role in roles:
-        if isinstance(role.engine, FsdpConfig) and role.engine.model_dtype == "fp32":
+        if isinstance(role.engine, FsdpConfig | MegatronConfig) and role.engine.model_dtype == "fp32":
             yield (
                 f"set {role.engine_key}.model_dtype=bf16 (now fp32): half the weights and optimizer state, less precise"
             )

@@ -24,7 +24,7 @@ from workers.protocol import RolloutBlock, split
 if TYPE_CHECKING:
     from workers.batch import Batch
     from workers.engines.base import EngineSpec, Loss, MicroBatches, StepResult, TrainEngine, Update
-    from workers.engines.models import LogprobModel, ValueModel
+    from workers.engines.build import Prepared
     from workers.memory import DeviceMemory, MemoryReport, Offload
     from workers.sync.buckets import Bucket, BucketWriter, Channel, Shard
 
@@ -98,7 +98,7 @@ class TrainWorker:
         self._threads = threads
         self._timeout = timedelta(seconds=timeout_s)
         self._deterministic = deterministic
-        self._prepared: dict[str, tuple[EngineSpec, LogprobModel | ValueModel]] = {}
+        self._prepared: dict[str, Prepared] = {}
         self._engines: dict[str, TrainEngine] = {}
         self._memory: DeviceMemory | None = None
         self._published: _Published | None = None
@@ -139,11 +139,10 @@ class TrainWorker:
         )
 
     def prepare(self, role: str, spec: EngineSpec) -> None:
-        """Reads a role's model into host memory: others may be taking stock of the device meanwhile."""
-        from workers.engines.fsdp import load
+        """Reads what a role's engine needs into host memory: others may be taking stock of the device meanwhile."""
+        from workers.engines.build import prepare
 
-        spec = replace(spec, compile=spec.compile and self._device_type == "cuda")
-        self._prepared[role] = spec, load(spec)
+        self._prepared[role] = prepare(replace(spec, compile=spec.compile and self._device_type == "cuda"))
 
     def place(self, role: str, offload: Mapping[str, Offload]) -> int:
         """Builds the engine of a prepared role on the device; returns its number of parameters.
@@ -151,14 +150,10 @@ class TrainWorker:
         offload: when its parts leave the device. On a CPU, whose memory is the host's, there is no room to make.
         """
         import torch
-        from torch.distributed.device_mesh import init_device_mesh
 
-        from workers.engines.fsdp import FSDPEngine
-
-        spec, model = self._prepared.pop(role)
-        mesh = init_device_mesh(self._device_type, (self._world_size,))
-        with self._use("place", role, wanted_bytes=sum(p.nbytes for p in model.parameters()) // self._world_size):
-            engine = FSDPEngine(spec, mesh, torch.device(self._device_type), model)
+        prepared = self._prepared.pop(role)
+        with self._use("place", role, wanted_bytes=prepared.num_bytes):
+            engine = prepared.build(torch.device(self._device_type))
         self._engines[role] = engine
         if self._device_type == "cpu":
             offload = {name: when is True for name, when in offload.items()}

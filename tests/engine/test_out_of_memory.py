@@ -24,6 +24,7 @@ from workers.protocol import RolloutBlock, Trajectory
 from workers.train_worker import RankBatch, TrainWorker
 
 TIMEOUT_S = 60.0
+MEGATRON = "actor_rollout_ref.actor.megatron"
 REQUIRED = ("data.train_files=train.jsonl", "actor_rollout_ref.model.path=org/model", "algorithm.adv_estimator=grpo")
 TOLD = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 139.80 GiB"
 
@@ -82,7 +83,8 @@ def test_a_worker_reports_its_memory_and_makes_room(group: WorkerGroup) -> None:
     """On a CPU what is to be offloaded always is, and nothing leaves for the sake of room."""
     group.broadcast(TrainWorker.make_room, 1 << 60).result(TIMEOUT_S)
     calls = group.scatter(TrainWorker.forward, [("actor", batch(), (), [[0, 1]], 1.0)])
-    assert calls.result(TIMEOUT_S)[0][0] == 6
+    ((holds, values),) = calls.result(TIMEOUT_S)
+    assert holds and len(values) == 6
     (report,) = group.broadcast(TrainWorker.memory_report, True).result(TIMEOUT_S)
     assert set(report.offloaded) == {"actor_weights"}
     assert 1 << 20 < report.peaks["forward"] < report.total_bytes
@@ -105,6 +107,13 @@ def test_only_keys_that_have_something_to_give_are_named() -> None:
     assert "enable_gradient_checkpointing" not in keys("forward", "ref")
     assert "critic.ppo_max_token_len_per_gpu (now 32768" in keys("update", "critic")
     assert "set critic.model.enable_gradient_checkpointing=true" in keys("update", "critic")
+
+
+def test_megatron_has_keys_of_its_own() -> None:
+    told = keys("update", "actor", "actor_rollout_ref.actor.strategy=megatron", f"{MEGATRON}.optimizer_offload=false")
+    assert f"set {MEGATRON}.optimizer_offload=auto (now false)" in told
+    assert f"raise {MEGATRON}.tensor_model_parallel_size (now 1), and trainer.n_gpus_per_node (now 8)" in told
+    assert "fsdp_config" not in told
 
 
 def test_generation_and_sync_have_keys_of_their_own() -> None:

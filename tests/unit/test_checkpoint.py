@@ -225,3 +225,11 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     assert "architectures" not in message
     assert "actor_rollout_ref.model.path" in message
     assert "trainer.resume_mode=disable" in message
+
+
+def test_a_checkpoint_of_another_engine_is_refused(tmp_path: Path) -> None:
+    """Those written before there was a choice are FSDP's."""
+    write(tmp_path, 1)
+    assert checkpoint.choose(tmp_path, "auto", None, MODEL | {"actor_rollout_ref.actor.strategy": "fsdp"}) is not None
+    with pytest.raises(ValueError, match=r"another model or engine .*strategy: checkpoint 'fsdp', now 'megatron'"):
+        checkpoint.choose(tmp_path, "auto", None, MODEL | {"actor_rollout_ref.actor.strategy": "megatron"})

@@ -27,7 +27,7 @@ MEGATRON_OF_ONE_RUN = {
     "virtual_pipeline_model_parallel_size": 4,
     "expert_model_parallel_size": 5,
     "context_parallel_size": 6,
-    "sequence_parallel": True,
+    "sequence_parallel": False,
     "dtype": "float32",
 }
 """What the reference and the critic take from the actor unless told otherwise, and other values than the defaults."""
@@ -197,6 +197,9 @@ def test_run_directory_is_named_after_project_and_experiment() -> None:
         ("actor_rollout_ref.actor.optim.clip_grad", 1.0),
         ("actor_rollout_ref.actor.optim.lr_scheduler_type", "constant"),
         ("actor_rollout_ref.actor.optim.lr_warmup_steps", -1),
+        ("actor_rollout_ref.actor.megatron.tensor_model_parallel_size", 1),
+        ("actor_rollout_ref.actor.megatron.pipeline_model_parallel_size", 1),
+        ("actor_rollout_ref.actor.megatron.sequence_parallel", True),
         ("actor_rollout_ref.actor.fsdp_config.model_dtype", "fp32"),
         ("actor_rollout_ref.actor.fsdp_config.dtype", "bfloat16"),
         ("actor_rollout_ref.actor.fsdp_config.reshard_after_forward", "auto"),

@@ -190,11 +190,6 @@ def test_keys_that_do_not_go_together(base: list[str], overrides: list[str], pro
             "set it to 1",
         ),
         (
-            [f"{TENSOR}=2", "critic.megatron.tensor_model_parallel_size=4"],
-            f"critic.megatron.tensor_model_parallel_size=4: {TENSOR}=2, and both run in the same processes",
-            "make them equal, give critic devices of its own (critic.device_mapping), or set critic.strategy=fsdp",
-        ),
-        (
             [*GRPO, f"{ACTOR}.use_kl_loss=true", f"{PIPELINE}=2", "actor_rollout_ref.ref.device_mapping=0"],
             "actor_rollout_ref.ref.megatron.tensor_model_parallel_size=1 x pipeline_model_parallel_size=2: 2 devices "
             "hold one model, and do not divide the 1 of actor_rollout_ref.ref",
@@ -221,13 +216,7 @@ def test_what_megatron_cannot_do(base: list[str], overrides: list[str], problem:
         [f"{ACTOR}.strategy=megatron", f"{TENSOR}=8", "critic.strategy=fsdp", "critic.device_mapping=0-2"],
         [f"{ACTOR}.strategy=megatron", f"{TENSOR}=8", "data.train_batch_size=1", f"{ACTOR}.ppo_mini_batch_size=1"],
         ["critic.strategy=megatron", "critic.megatron.tensor_model_parallel_size=4"],
-        [
-            f"{ACTOR}.strategy=megatron",
-            f"{TENSOR}=2",
-            f"{ACTOR}.device_mapping=0-3",
-            "critic.device_mapping=4-7",
-            "critic.megatron.tensor_model_parallel_size=4",
-        ],
+        [f"{ACTOR}.strategy=megatron", f"{TENSOR}=2", "critic.megatron.tensor_model_parallel_size=4"],
     ],
 )
 def test_engines_mix(base: list[str], overrides: list[str]) -> None:

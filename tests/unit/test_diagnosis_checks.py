@@ -298,6 +298,20 @@ def test_two_nccls(tmp_path: Path) -> None:
     assert item.verdict == WARNING and "uninstall -y nvidia-nccl-cu12" in item.told()
 
 
+def test_megatron_is_optional_but_not_in_any_version(tmp_path: Path) -> None:
+    facts = laptop(tmp_path)
+
+    def items(**packages: str) -> list[Item]:
+        return list(check_packages.optional(with_packages(facts, **packages)))
+
+    assert "not installed, not needed" in only(items()).reason
+    assert "Megatron-core 0.16.1" in only(items(megatron_core="0.16.1")).reason
+    for version, reason in {"0.15.3": "needs >=0.16.1,<0.20", "0.19.2": "imports triton, which is not"}.items():
+        item, _ = items(megatron_core=version)
+        assert item.verdict == WARNING and reason in item.reason and "strategy=megatron would be refused" in item.reason
+        assert "megatron-core==0.16.1" in item.told()
+
+
 def test_a_check_that_fails_does_not_end_the_others(tmp_path: Path) -> None:
     def fails(facts: Facts) -> list[Item]:
         raise KeyError("surprise")

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
-from transformers import Gemma2Config, MistralConfig, Qwen2Config
+from pathlib import Path
 
-from trainer.inputs import check_attention, check_experts, check_vocabulary
+import pytest
+from transformers import Gemma2Config, GPT2Config, MistralConfig, PreTrainedConfig, Qwen2Config
+
+from trainer.config.load import load_config
+from trainer.inputs import check_attention, check_engines, check_experts, check_vocabulary
+
+ACTOR = "actor_rollout_ref.actor"
+MEGATRON = f"{ACTOR}.megatron"
+QWEN2 = Qwen2Config(num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2)
 
 
 def test_plain_attention_passes() -> None:
@@ -27,6 +34,56 @@ def test_capped_scores_are_refused() -> None:
 def test_sinks_are_refused() -> None:
     with pytest.raises(ValueError, match="attention sinks"):
         check_attention({"model_type": "gpt_oss"}, "m", longest=16)
+
+
+def engines(tmp_path: Path, model: PreTrainedConfig, *overrides: str) -> None:
+    """`check_engines` for a model that is only a config.json, trained and referred to by Megatron."""
+    model.save_pretrained(tmp_path)
+    keys = [f"actor_rollout_ref.model.path={tmp_path}", f"{ACTOR}.strategy=megatron", f"{ACTOR}.use_kl_loss=true"]
+    check_engines(load_config(["data.train_files=none", "algorithm.adv_estimator=grpo", *keys, *overrides]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        ([f"{MEGATRON}.tensor_model_parallel_size=4"], "size=4 does not divide the model's num_key_value_heads=2"),
+        ([f"{MEGATRON}.pipeline_model_parallel_size=3"], "size=3 .* does not divide the model's num_hidden_layers=4"),
+        ([f"{MEGATRON}.expert_model_parallel_size=2"], "size=2: qwen2 has no experts"),
+        (
+            [
+                f"{MEGATRON}.pipeline_model_parallel_size=2",
+                f"{MEGATRON}.virtual_pipeline_model_parallel_size=4",
+            ],
+            "virtual_pipeline_model_parallel_size=4 does not divide the model's num_hidden_layers=4",
+        ),
+        (
+            [
+                "+actor_rollout_ref.model.override_config.num_attention_heads=5",
+                f"{MEGATRON}.tensor_model_parallel_size=2",
+            ],
+            "num_attention_heads=5",
+        ),
+    ],
+)
+def test_models_that_megatron_cannot_cut_so(tmp_path: Path, overrides: list[str], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem) as error:
+        engines(tmp_path, QWEN2, *overrides)
+    assert str(error.value).startswith(f"{MEGATRON}.")
+    assert len(str(error.value).splitlines()) == 1, "the reference's mistake is the actor's"
+
+
+def test_an_architecture_without_a_table_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"^{ACTOR}\.strategy=megatron does not know the architecture 'gpt2'.*qwen2"):
+        engines(tmp_path, GPT2Config())
+
+
+def test_each_role_is_asked_about_its_own_model(tmp_path: Path) -> None:
+    critic = tmp_path / "critic"
+    Qwen2Config(num_hidden_layers=3).save_pretrained(critic)
+    cut = [f"{MEGATRON}.pipeline_model_parallel_size=2", "algorithm.adv_estimator=gae", f"critic.model.path={critic}"]
+    with pytest.raises(ValueError, match=r"^critic\.megatron\.pipeline_model_parallel_size=2 .*layers=3$"):
+        engines(tmp_path, QWEN2, *cut)
+    engines(tmp_path, QWEN2, *cut, "critic.strategy=fsdp")
 
 
 @pytest.mark.parametrize("key", ["num_experts", "num_local_experts", "n_routed_experts"])

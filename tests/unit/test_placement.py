@@ -101,3 +101,10 @@ def test_devices_are_gpus_where_there_are_some(
 ) -> None:
     monkeypatch.setattr(placement.ray, "cluster_resources", lambda: {"CPU": 4.0} | ({"GPU": gpus} if gpus else {}))
     assert device_type(config(f"trainer.device={setting}")) == expected
+
+
+def test_without_gloo_nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    placement.check_gloo()
+    monkeypatch.setattr(placement.dist, "is_gloo_available", lambda: False)
+    with pytest.raises(ValueError, match=r"PyTorch .* is built without gloo, .* install an ordinary build"):
+        placement.check_gloo()

@@ -1,4 +1,4 @@
-"""Checks of what `strategy=megatron` asks for: sizes, layouts that share processes, and the installed Megatron-core.
+"""Checks of what `strategy=megatron` asks for: sizes that fit the devices, and a Megatron-core to run.
 
 What takes the model's own config to see (does tp divide its heads?) `trainer.inputs` asks of the engine.
 """
@@ -8,34 +8,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from typing import Any
 
-from trainer.config.errors import show
 from trainer.config.roles import TrainingRole
 from trainer.config.schema import RefMegatronConfig
 from trainer.diagnosis.check_packages import MEGATRON_THAT_RUNS, megatron_trouble
 
-_LAYOUT = {
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-    "expert_model_parallel_size",
-}
-"""Keys that Megatron's process groups follow from."""
+_SIZES = {name for name in RefMegatronConfig.model_fields if name.endswith("_size")}
 
 
-def megatron_problems(roles: Sequence[tuple[TrainingRole, tuple[int, ...]]]) -> Iterator[str]:
-    """What is wrong with the roles that Megatron runs. roles: all of them, each with its global device ranks."""
-    first: dict[tuple[int, ...], TrainingRole] = {}
-    for role, devices in roles:
+def megatron_problems(roles: Sequence[tuple[TrainingRole, int]]) -> Iterator[str]:
+    """What is wrong with the roles that Megatron runs. roles: all of them, each with its number of devices."""
+    checked: list[tuple[dict[str, Any], int]] = []
+    for role, num_devices in roles:
         if role.megatron is None:
             continue
-        if devices in first:
-            yield from _another_layout(role, first[devices])
-        else:
-            first[devices] = role
-            yield from _sizes(role, role.megatron, len(devices))
-    if first:
-        yield from _installed(next(iter(first.values())))
+        if not checked:
+            yield from _installed(role)
+        settings = role.megatron.model_dump(include=_SIZES), num_devices
+        if settings not in checked:  # those of the actor, unless told otherwise: one mistake is told once
+            yield from _sizes(role, role.megatron, num_devices)
+            checked.append(settings)
 
 
 def _sizes(role: TrainingRole, megatron: RefMegatronConfig, num_devices: int) -> Iterator[str]:
@@ -63,18 +56,6 @@ def _sizes(role: TrainingRole, megatron: RefMegatronConfig, num_devices: int) ->
             f"{key}.context_parallel_size={megatron.context_parallel_size}: sequences cannot be cut over devices yet; "
             "set it to 1"
         )
-
-
-def _another_layout(role: TrainingRole, first: TrainingRole) -> Iterator[str]:
-    """Megatron's process groups are global to a process: it has one layout, and roles on the same devices share it."""
-    mine, shared = (r.engine.model_dump(include=_LAYOUT) for r in (role, first))
-    for name, value in mine.items():
-        if value != shared[name]:
-            yield (
-                f"{role.engine_key}.{name}={show(value)}: {first.engine_key}.{name}={show(shared[name])}, and both run "
-                f"in the same processes, where Megatron has one layout; make them equal, give {role.key} devices of "
-                f"its own ({role.key}.device_mapping), or set {role.key}.strategy=fsdp"
-            )
 
 
 def _installed(role: TrainingRole) -> Iterator[str]:

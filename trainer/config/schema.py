@@ -129,7 +129,7 @@ class RefMegatronConfig(Section):
 
     tensor_model_parallel_size: Positive
     pipeline_model_parallel_size: Positive
-    virtual_pipeline_model_parallel_size: Positive | None
+    virtual_pipeline_model_parallel_size: Annotated[int, Field(ge=2)] | None
     expert_model_parallel_size: Positive
     context_parallel_size: Positive
     sequence_parallel: bool
@@ -140,6 +140,7 @@ class RefMegatronConfig(Section):
 class MegatronConfig(RefMegatronConfig):
     """`actor.megatron` and `critic.megatron`: the same of a trained model."""
 
+    model_dtype: Literal["fp32", "bf16"]
     optimizer_offload: Auto
 
 

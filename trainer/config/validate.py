@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from trainer.config.devices import parse_device_mapping
@@ -158,12 +157,11 @@ def _devices(cfg: Config) -> Iterator[str]:
 
 
 def _megatron(cfg: Config) -> Iterator[str]:
-    placed = []
-    for role in training_roles(cfg):
-        with suppress(UserError):  # a mapping that is wrong itself is reported by `_devices`
-            devices = role_devices(role.config.device_mapping, role.key, num_devices=cfg.num_devices)
-            placed.append((role, devices))
-    yield from megatron_problems(placed)
+    counts = [
+        (role, _count_devices(role.config.device_mapping, f"{role.key}.device_mapping", cfg.num_devices))
+        for role in training_roles(cfg)
+    ]
+    yield from megatron_problems([(role, count) for role, count in counts if count is not None])
 
 
 def _tensor_parallel(cfg: Config) -> Iterator[str]:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from workers.batch import MicroBatch
@@ -55,13 +55,19 @@ class ValueModel(nn.Module):
         return values.to(torch.float32, copy=True), None  # FSDP warns of views
 
 
+def hf_config(path: str, *, trust_remote_code: bool, override_config: Mapping[str, Any]) -> PreTrainedConfig:
+    """A checkpoint's Hugging Face config with some fields changed. Raises OSError or ValueError if there is none."""
+    config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    for name, value in override_config.items():
+        setattr(config, name, value)
+    return config
+
+
 def load_model(spec: EngineSpec) -> LogprobModel | ValueModel:
     """The spec's model on CPU with its weights in `master_dtype`."""
     attention.register()
     logging.disable_progress_bar()
-    config = AutoConfig.from_pretrained(spec.model_path, trust_remote_code=spec.trust_remote_code)
-    for name, value in spec.override_config.items():
-        setattr(config, name, value)
+    config = hf_config(spec.model_path, trust_remote_code=spec.trust_remote_code, override_config=spec.override_config)
     model = AutoModelForCausalLM.from_pretrained(
         spec.model_path,
         config=config,

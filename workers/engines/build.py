@@ -1,0 +1,65 @@
+"""Engines are built in two steps: read what can be read while others take stock of the device, then settle on it."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from workers.engines.base import EngineSpec, TrainEngine
+
+
+class Prepared(Protocol):
+    """An engine that is about to be built. num_bytes: of its weights on this rank's device."""
+
+    num_bytes: int
+
+    def build(self, device: torch.device) -> TrainEngine:
+        """The engine, on all ranks of the default process group; collective."""
+        ...
+
+
+def prepare(spec: EngineSpec) -> Prepared:
+    """The first step, for the engine that `spec.strategy` names. Nothing of Megatron is imported for another's sake."""
+    return _Megatron(spec) if spec.strategy == "megatron" else _Fsdp(spec)
+
+
+class _Fsdp:
+    """Reads the whole model into host memory."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        from workers.engines.fsdp import load
+
+        self._spec = spec
+        self._model = load(spec)
+        self.num_bytes = sum(p.nbytes for p in self._model.parameters()) // dist.get_world_size()
+
+    def build(self, device: torch.device) -> TrainEngine:
+        from workers.engines.fsdp import FSDPEngine
+
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        return FSDPEngine(self._spec, mesh, device, self._model)
+
+
+class _Megatron:
+    """Reads nothing yet: the engine takes its slices from the files."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        from workers.engines.megatron.architectures import items
+        from workers.engines.models import hf_config
+
+        self._spec = spec
+        config = hf_config(
+            spec.model_path, trust_remote_code=spec.trust_remote_code, override_config=spec.override_config
+        )
+        size = sum(math.prod(item.shape) for item in items(config, spec.head) if not item.is_copy)
+        itemsize = getattr(torch, spec.sharding.dtype).itemsize
+        self.num_bytes = size * itemsize // (spec.parallel.tensor * spec.parallel.pipeline)
+
+    def build(self, device: torch.device) -> TrainEngine:
+        from workers.engines.megatron.engine import MegatronEngine
+
+        return MegatronEngine(self._spec, device)
