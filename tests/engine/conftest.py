@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from engine_harness import Pair, Solo, make_model
+from engine_harness import Pair, Quad, Solo, make_model
 
 ModelPath = Callable[[str, bool], Path]
 
@@ -43,5 +43,13 @@ def solo() -> Iterator[Solo]:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """Two ranks."""
     world = Pair(tmp_path_factory.mktemp("pair"))
+    yield world
+    world.close()
+
+
+@pytest.fixture(scope="session")
+def quad(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Quad]:
+    """Four ranks."""
+    world = Quad(tmp_path_factory.mktemp("quad"))
     yield world
     world.close()

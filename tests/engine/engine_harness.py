@@ -1,7 +1,7 @@
-"""What the engine tests share: tiny models, a ragged table of sequences, and training worlds of one and two ranks.
+"""What the engine tests share: tiny models, a ragged table of sequences, and training worlds of one to four ranks.
 
 A world runs a function `f(mesh, *args)` on every rank and returns what each rank answered. The world of one rank is
-this process; that of two ranks is a pair of processes over gloo, started once for all tests.
+this process; those of two and four ranks are processes over gloo, started once for all tests.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qw
 from trainer.algorithms.aggregation import count_loss_tokens, normalizers
 from trainer.algorithms.losses import PolicyLoss
 from workers.batch import Batch
-from workers.engines.base import EngineSpec, Loss, OptimizerSpec, ShardSpec, StepResult, Update
+from workers.engines.base import EngineSpec, Loss, OptimizerSpec, ShardSpec, StepResult, TrainEngine, Update
 from workers.engines.fsdp import FSDPEngine
 from workers.normalizers import Normalizers
 
@@ -44,7 +44,12 @@ Shard = tuple[str, FloatArray, tuple[int, ...], int, int]
 NO_WRAP, WRAP = 10**9, 0
 """EngineSpec's wrap_min_num_params: layers gathered with the rest, or each by itself."""
 
-CONFIGS: dict[str, type[PreTrainedConfig]] = {"qwen2": Qwen2Config, "llama": LlamaConfig, "qwen3": Qwen3Config}
+CONFIGS: dict[str, type[PreTrainedConfig]] = {
+    "qwen2": Qwen2Config,
+    "llama": LlamaConfig,
+    "qwen3": Qwen3Config,
+    "deep": LlamaConfig,
+}
 
 GRADIENT_SCALE = 1e6
 OBSERVED = OptimizerSpec(
@@ -82,7 +87,7 @@ def make_model(directory: Path, kind: str, *, tied: bool, seed: int = 0) -> Path
         vocab_size=VOCABULARY,
         hidden_size=24,
         intermediate_size=40,
-        num_hidden_layers=2,
+        num_hidden_layers=4 if kind == "deep" else 2,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8 if kind == "qwen3" else 6,
@@ -163,7 +168,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One or more optimizer steps on the same table. split: micro-batches of each rank, as rows of the table."""
+    """One or more optimizer steps on the same table. split: micro-batches of each data-parallel rank, as rows of it."""
 
     spec: EngineSpec
     table: Table
@@ -186,17 +191,31 @@ class Answer:
     dtypes: set[torch.dtype]
 
 
+def build(mesh: DeviceMesh, spec: EngineSpec) -> TrainEngine:
+    """The engine that the spec names."""
+    if spec.strategy == "fsdp":
+        return FSDPEngine(spec, mesh, CPU)
+    from workers.engines.megatron.engine import MegatronEngine
+
+    return MegatronEngine(spec, CPU)
+
+
+def data_rank(mesh: DeviceMesh, spec: EngineSpec) -> int:
+    """Whose micro-batches this rank works on."""
+    return spec.parallel.data_rank(mesh.get_rank(), mesh.size())
+
+
 def train(mesh: DeviceMesh, job: Job) -> Answer:
     """A job on one rank: build, load, forward, steps, save."""
-    engine = FSDPEngine(job.spec, mesh, CPU)
+    engine = build(mesh, job.spec)
     if job.load is not None:
         engine.load(job.load)
-    split = job.split[mesh.get_rank()]
+    split = job.split[data_rank(mesh, job.spec)]
     rows = [row for micro in split for row in micro]
     batch, place = job.table.batch(rows), {row: i for i, row in enumerate(rows)}
     local = [[place[row] for row in micro] for micro in split]
     flat = engine.forward(batch, local, temperature=job.temperature).numpy()
-    outputs = {row: flat[batch.token_index([i])] for row, i in place.items()}
+    outputs = {row: flat[batch.token_index([i])] for row, i in place.items() if engine.holds_outputs}
     update = Update(local, job.table.norm())
     steps = range(job.steps)
     results = [engine.train_step(batch, update, job.loss, temperature=job.temperature, entropy=True) for _ in steps]
@@ -207,8 +226,8 @@ def train(mesh: DeviceMesh, job: Job) -> Answer:
     return Answer(results, outputs, export(engine), {data.dtype for _, data, *_ in engine.export_weights()})
 
 
-def export(engine: FSDPEngine) -> list[Shard]:
-    """This rank's rows of every parameter, copied."""
+def export(engine: TrainEngine) -> list[Shard]:
+    """This rank's part of every parameter, copied."""
     return [(name, data.detach().float().numpy().copy(), *where) for name, data, *where in engine.export_weights()]
 
 
@@ -285,7 +304,7 @@ class Pair:
             process.start()
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """`function(mesh, *args)` on both ranks; raises what a rank raised, with its traceback."""
+        """`function(mesh, *args)` on all ranks; raises what a rank raised, with its traceback."""
         for end in self._ends:
             end.send((function, args))
         answers = [end.recv() if end.poll(ANSWER_SECONDS) else ("no answer", None) for end in self._ends]
@@ -295,10 +314,16 @@ class Pair:
         return [answer for _, answer in answers]
 
     def close(self) -> None:
-        """Ends both processes, which hold nothing that needs an orderly end."""
+        """Ends the processes, which hold nothing that needs an orderly end."""
         for process in self._processes:
             process.kill()
             process.join()
+
+
+class Quad(Pair):
+    """The world of four ranks."""
+
+    size = 4
 
 
 def _serve(rank: int, size: int, store: str, end: Connection) -> None:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import AutoConfig, PreTrainedConfig
 
 from workers.batch import Batch, MicroBatch
 from workers.engines.base import EngineSpec, Loss, MicroBatches, StepResult, Update
@@ -30,6 +29,7 @@ from workers.engines.megatron.checkpoint import as_state, save_copy
 from workers.engines.megatron.convert import Checkpoint, Place, fill_gaps, held, parameters_of, parts
 from workers.engines.megatron.model import Stage, padded, transformer_config
 from workers.engines.megatron.optimizer import Gradients, MasterAdamW, clip_scale, gradient_norm
+from workers.engines.models import hf_config
 from workers.engines.optimizer import learning_rate
 from workers.engines.recompute import WORKING_LAYERS
 from workers.engines.reduction import reduce_metrics, spread
@@ -54,7 +54,9 @@ class MegatronEngine:
 
     def __init__(self, spec: EngineSpec, device: torch.device) -> None:
         self._spec, self._device = spec, device
-        self._hf = hf_config(spec)
+        self._hf = hf_config(
+            spec.model_path, trust_remote_code=spec.trust_remote_code, override_config=spec.override_config
+        )
         if problems := check(self._hf, spec.parallel):
             raise ValueError("; ".join(problems))
         shim.install(device)
@@ -278,14 +280,6 @@ def _place() -> Place:
         parallel_state.get_data_parallel_rank(),
         parallel_state.get_data_parallel_world_size(),
     )
-
-
-def hf_config(spec: EngineSpec) -> PreTrainedConfig:
-    """The model's configuration, with what the spec overrides."""
-    config: PreTrainedConfig = AutoConfig.from_pretrained(spec.model_path, trust_remote_code=spec.trust_remote_code)
-    for name, value in spec.override_config.items():
-        setattr(config, name, value)
-    return config
 
 
 def _world() -> dist.ProcessGroup:
