@@ -14,6 +14,9 @@ from pathlib import Path
 
 from harness import Outcome, read_jsonl, run, write_jsonl
 
+ACTOR = "actor_rollout_ref.actor"
+TENSOR = f"{ACTOR}.megatron.tensor_model_parallel_size"
+
 
 def refused(directory: Path, *overrides: str, environment: Mapping[str, str] | None = None) -> str:
     """Run a command that must be refused before anything is started or written; returns what it said."""
@@ -61,7 +64,7 @@ def test_no_cluster_at_the_address(tmp_path: Path, task: Path) -> None:
     assert "leave RAY_ADDRESS out" in told
 
 
-def test_data_that_cannot_be_used(tmp_path: Path, task: Path) -> None:
+def test_data_and_models_that_cannot_be_used(tmp_path: Path, task: Path) -> None:
     rows = read_jsonl(task / "train.jsonl")[:128]
     questions = [{"question": row["prompt"], "answer": row["answer"]} for row in rows]
     cases = {
@@ -72,11 +75,13 @@ def test_data_that_cannot_be_used(tmp_path: Path, task: Path) -> None:
             "data.max_prompt_length=5",
             "data.truncation=error",
         ],
+        "cut": [f"{ACTOR}.strategy=megatron", f"{TENSOR}=4", "trainer.n_gpus_per_node=4"],
     }
     parts = {
         "column": ("data.train_files", "no column data.prompt_key=prompt", "question, answer", "Set data.prompt_key"),
         "empty": ("data.train_files=", "empty data set"),
         "overlong": ("data.max_prompt_length=5", "6 tokens", "data.truncation", "data.filter_overlong_prompts"),
+        "cut": (f"{TENSOR}=4 does not divide the model's num_key_value_heads=2",),
     }
     told = refused_together(tmp_path / "runs", cases)
     missing = {name: [part for part in parts[name] if part not in told[name]] for name in cases}

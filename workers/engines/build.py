@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Protocol
 
 import torch
@@ -45,21 +46,27 @@ class _Fsdp:
 
 
 class _Megatron:
-    """Reads nothing yet: the engine takes its slices from the files."""
+    """Reads nothing yet, but imports Megatron, which takes seconds: the engine takes its slices from the files."""
 
     def __init__(self, spec: EngineSpec) -> None:
+        _silence_megatron()
         from workers.engines.megatron.architectures import items
+        from workers.engines.megatron.engine import MegatronEngine
         from workers.engines.models import hf_config
 
-        self._spec = spec
         config = hf_config(
             spec.model_path, trust_remote_code=spec.trust_remote_code, override_config=spec.override_config
         )
         size = sum(math.prod(item.shape) for item in items(config, spec.head) if not item.is_copy)
         itemsize = getattr(torch, spec.sharding.dtype).itemsize
         self.num_bytes = size * itemsize // (spec.parallel.tensor * spec.parallel.pipeline)
+        self._spec, self._engine = spec, MegatronEngine
 
     def build(self, device: torch.device) -> TrainEngine:
-        from workers.engines.megatron.engine import MegatronEngine
+        return self._engine(self._spec, device)
 
-        return MegatronEngine(self._spec, device)
+
+def _silence_megatron() -> None:
+    """It warns at length of Transformer Engine and Apex, which it does without, and calls what torch has renamed."""
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.\w+` is deprecated")
