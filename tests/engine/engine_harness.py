@@ -228,7 +228,7 @@ def train(mesh: DeviceMesh, job: Job) -> Answer:
 
 def export(engine: TrainEngine) -> list[Shard]:
     """This rank's part of every parameter, copied."""
-    return [(name, data.detach().float().numpy().copy(), *where) for name, data, *where in engine.export_weights()]
+    return [(name, data.detach().float().clone().numpy(), *where) for name, data, *where in engine.export_weights()]
 
 
 def assemble(shards: Sequence[list[Shard]]) -> dict[str, FloatArray]:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from engine_harness import (
     ADAMW,
-    CPU,
     LENGTH,
     WRAP,
     Answer,
@@ -21,6 +20,8 @@ from engine_harness import (
     Solo,
     Table,
     assemble,
+    build,
+    data_rank,
     export,
     make_spec,
     relative_error,
@@ -32,7 +33,6 @@ from transformers import AutoModelForCausalLM
 
 from trainer.algorithms.losses import ValueLoss
 from workers.engines.base import Update
-from workers.engines.fsdp import FSDPEngine
 
 TABLE = Table.random(seed=5)
 ALL = list(range(len(TABLE)))
@@ -80,8 +80,8 @@ def test_continuing_on_the_same_ranks_is_exact(qwen2: Path, pair: Pair, tmp_path
 
 def save_between_steps(mesh: DeviceMesh, job: Job, directory: Path) -> Answer:
     """Saves before the first step and between two: it must change nothing."""
-    engine = FSDPEngine(job.spec, mesh, CPU)
-    rows = job.split[mesh.get_rank()][0]
+    engine = build(mesh, job.spec)
+    rows = job.split[data_rank(mesh, job.spec)][0]
     batch, update = job.table.batch(rows), Update([range(len(rows))], job.table.norm())
     results = []
     for step in range(2):
@@ -100,7 +100,7 @@ def test_saving_changes_nothing(qwen2: Path, pair: Pair, tmp_path: Path) -> None
 
 def load_under_open_shards(mesh: DeviceMesh, job: Job, directory: Path) -> bool:
     """Whether shards taken for publishing before a load show what was loaded."""
-    engine = FSDPEngine(job.spec, mesh, CPU)
+    engine = build(mesh, job.spec)
     opened = list(engine.export_weights())
     before = [data.clone() for _, data, *_ in opened]
     engine.load(directory)

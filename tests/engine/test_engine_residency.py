@@ -7,11 +7,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine_harness import ADAMW, CPU, LOSS, NO_WRAP, WRAP, Pair, Shard, Solo, Table, assemble, make_spec
+from engine_harness import (
+    ADAMW,
+    CPU,
+    LOSS,
+    NO_WRAP,
+    WRAP,
+    Pair,
+    Shard,
+    Solo,
+    Table,
+    assemble,
+    build,
+    data_rank,
+    export,
+    make_spec,
+)
 from torch.distributed.device_mesh import DeviceMesh
 
 from workers.engines.base import EngineSpec, Update
-from workers.engines.fsdp import FSDPEngine, load
+from workers.engines.fsdp import FSDPEngine
 from workers.memory import DeviceMemory, HostMeter
 
 TABLE = Table.random(seed=5)
@@ -24,10 +39,10 @@ def train_in_turn(
 ) -> tuple[list[float], list[Shard], dict[str, int]]:
     """Forward, three steps, a checkpoint and its return, a step: losses, weights, and what was away in between."""
     memory = DeviceMemory(HostMeter())
-    engine = FSDPEngine(spec, mesh, CPU, load(spec))
+    engine = build(mesh, spec)
     memory.add("actor", engine.parts, dict.fromkeys(engine.parts, offload))
     shards = list(engine.export_weights())  # as the weight sync holds them, from before the first step
-    rows = ALL[mesh.get_rank() :: mesh.size()]
+    rows = ALL[data_rank(mesh, spec) :: spec.parallel.data_size(mesh.size())]
     batch, micro_batches = TABLE.batch(rows), [list(range(len(rows)))]
     update = Update(micro_batches, TABLE.norm())
     outputs: list[float] = []
@@ -49,7 +64,7 @@ def train_in_turn(
     with memory.use("publish", "actor", ("weights",)):
         for (name, held, *_), (_, now, *_) in zip(shards, engine.export_weights(), strict=True):
             assert torch.equal(held, now), name
-        after = [(name, data.clone().numpy(), *where) for name, data, *where in engine.export_weights()]
+        after = export(engine)
     return outputs, after, away
 
 

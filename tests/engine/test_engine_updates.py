@@ -12,7 +12,6 @@ import pytest
 import torch
 from engine_harness import (
     ADAMW,
-    CPU,
     GRADIENT_SCALE,
     LENGTH,
     LOSS,
@@ -24,6 +23,8 @@ from engine_harness import (
     Solo,
     Table,
     assemble,
+    build,
+    data_rank,
     make_spec,
     relative_error,
     train,
@@ -35,7 +36,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from trainer.algorithms.losses import PolicyLoss, ValueLoss
 from workers.batch import MicroBatch
 from workers.engines.base import Update
-from workers.engines.fsdp import FSDPEngine
 from workers.engines.optimizer import learning_rate
 
 TABLE = Table.random(seed=3)
@@ -62,8 +62,8 @@ class Poisoned:
 
 def step_good_bad_good(mesh: DeviceMesh, job: Job, bad: Job) -> tuple[list[bool], list[bool], dict[str, list[Tensor]]]:
     """A good step, a bad one and a good one; which were skipped, and the weights after each."""
-    engine = FSDPEngine(job.spec, mesh, CPU)
-    split = job.split[mesh.get_rank()]
+    engine = build(mesh, job.spec)
+    split = job.split[data_rank(mesh, job.spec)]
     rows = [row for micro in split for row in micro]
     update = Update([[rows.index(row) for row in micro] for micro in split], job.table.norm())
     skipped, finite = [], []

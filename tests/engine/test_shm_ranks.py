@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from engine_harness import ADAMW, CPU, WRAP, Job, Pair, Solo, Table, make_spec
+from engine_harness import ADAMW, WRAP, Job, Pair, Solo, Table, build, data_rank, make_spec
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from workers.engines.base import EngineSpec, Update
-from workers.engines.fsdp import FSDPEngine
+from workers.engines.base import EngineSpec, ParallelSpec, TrainEngine, Update
 from workers.sync.buckets import Bucket, BucketReader, BucketWriter, Shard
 from workers.sync.checksum import checksum
 
 BUCKET_BYTES = 4096
-OPENED: dict[str, tuple[FSDPEngine, BucketWriter, tuple[Shard, ...]]] = {}
+OPENED: dict[str, tuple[TrainEngine, BucketWriter, tuple[Shard, ...]]] = {}
 """In a rank's process: what stays between calls, as it does in a TrainWorker."""
 
 
 def open_weights(mesh: DeviceMesh, spec: EngineSpec, dtype: str) -> int:
     """Builds the engine and a publisher; returns the number of buckets."""
-    engine, publisher = FSDPEngine(spec, mesh, CPU), BucketWriter(dtype, BUCKET_BYTES)
+    engine, publisher = build(mesh, spec), BucketWriter(dtype, BUCKET_BYTES)
     OPENED["engine"] = (engine, publisher, tuple(engine.export_weights()))
     return publisher.num_buckets(OPENED["engine"][2])
 
@@ -39,7 +39,7 @@ def publish_bucket(_: DeviceMesh, number: int) -> tuple[int, Bucket]:
 def train_and_save(mesh: DeviceMesh, job: Job, directory: Path) -> None:
     """One optimizer step of the opened engine, and a Hugging Face copy to compare with."""
     engine = OPENED["engine"][0]
-    rows = job.split[mesh.get_rank()][0]
+    rows = job.split[data_rank(mesh, job.spec)][0]
     update = Update([range(len(rows))], job.table.norm())
     engine.train_step(job.table.batch(rows), update, job.loss, temperature=1.0, entropy=True)
     engine.save_hf(directory)
@@ -60,13 +60,15 @@ def receive(world: Solo | Pair, num_buckets: int, reader: BucketReader) -> tuple
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("ranks", "cut"), [(1, None), (2, None), (2, ParallelSpec(tensor=2))])
 def test_the_reader_holds_exactly_the_trainers_weights(
-    ranks: int, dtype: str, qwen2: Path, solo: Solo, pair: Pair, tmp_path: Path
+    ranks: int, cut: ParallelSpec | None, dtype: str, qwen2: Path, solo: Solo, pair: Pair, tmp_path: Path
 ) -> None:
-    """As loaded, and again after an optimizer step through the same open shards."""
+    """As loaded, and again after an optimizer step through the same open shards. cut: by Megatron, None: by FSDP."""
     world = solo if ranks == 1 else pair
     spec = make_spec(qwen2, optimizer=ADAMW, wrap_min_num_params=WRAP)
+    if cut is not None:
+        spec = replace(spec, strategy="megatron", parallel=cut)
     (num_buckets,) = set(world.run(open_weights, spec, dtype))
     assert num_buckets > 3
     reader = BucketReader()
