@@ -65,7 +65,7 @@ install_all() {
     fi
     pip_install --no-deps --no-build-isolation -e "$root" || return 1
     say "  a look at whether it imports"
-    "$venv/bin/python" -c 'import torch, ray, trainer, workers; from vllm import LLM' >>"$log" 2>&1
+    "$venv/bin/python" -c 'import torch, ray, megatron.core, trainer, workers; from vllm import LLM' >>"$log" 2>&1
 }
 
 # The stamp covers what is to be installed, and where the repository lies: the environment points there.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,10 +123,17 @@ def check_engines(cfg: Config) -> None:
         if role.megatron is None:
             check_experts(config.to_dict(), path)
             continue
-        for told in check(config, parallel_spec(role)):
+        for told in [*check(config, parallel_spec(role)), *_files_for_megatron(path)]:
             where = role.key if told.startswith("strategy") else role.engine_key
             problems.setdefault(told, f"{where}.{told}")  # the reference's are the actor's, unless told otherwise
     raise_problems(list(problems.values()))
+
+
+def _files_for_megatron(path: str) -> Iterator[str]:
+    """What it cannot read: it takes slices of safetensors. (Of a hub name it fetches nothing else.)"""
+    directory = Path(absolute(path))
+    if directory.is_dir() and not any(directory.glob("*.safetensors")):
+        yield f"strategy=megatron reads safetensors, and {path} has none: save the model as such, or use fsdp"
 
 
 def _read_config(model: ModelConfig, path: str, key: str) -> PreTrainedConfig:

@@ -65,11 +65,8 @@ def parallelism(role: TrainingRole, num_ranks: int) -> str:
     megatron = role.megatron
     if megatron is None:
         return f"{num_ranks} ranks" if num_ranks > 1 else "1 rank"
-    sizes = {"tp": megatron.tensor_model_parallel_size, "pp": megatron.pipeline_model_parallel_size}
-    sizes["dp"] = num_ranks // role.ranks_per_model
-    if megatron.expert_model_parallel_size > 1:
-        sizes["ep"] = megatron.expert_model_parallel_size
-    return " x ".join(f"{name} {size}" for name, size in sizes.items())
+    tensor, pipeline = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
+    return f"tp {tensor} x pp {pipeline} x dp {num_ranks // role.ranks_per_model}"
 
 
 def batch_sizes(cfg: Config, inputs: Inputs, sizes: Sizes) -> dict[str, object]:

@@ -62,6 +62,12 @@ def test_neither_imports_scripts_or_tests(package: str) -> None:
         assert offences(sources(package), forbidden) == []
 
 
+def test_only_its_engine_imports_megatron() -> None:
+    """Whatever differs between its versions is in one folder, and what does not use it starts without it."""
+    elsewhere = [p for p in sources("trainer", "workers") if "workers/engines/megatron" not in p.as_posix()]
+    assert offences(elsewhere, "megatron") == []
+
+
 def is_configuration(node: ast.expr) -> bool:
     """cfg, self.cfg, cfg.trainer, config.actor ...: a name of configuration anywhere along the dots."""
     names = ast.unparse(node).replace("()", "").split(".")

@@ -40,8 +40,3 @@ def test_megatron_says_how_it_cuts() -> None:
     assert found["actor"] == ("cuda 0-7", "Megatron", "tp 2 x pp 2 x dp 2", "bfloat16")
     assert found["reference"] == ("cuda 0-7", "Megatron", "tp 2 x pp 2 x dp 2", "float32")
     assert found["critic"] == ("cuda [4]", "FSDP2", "1 rank", "bfloat16")
-
-
-def test_experts_are_named_where_they_are_spread() -> None:
-    found = rows(f"{ACTOR}.strategy=megatron", f"{ACTOR}.megatron.expert_model_parallel_size=4")
-    assert found["actor"] == ("cuda 0-7", "Megatron", "tp 1 x pp 1 x dp 8 x ep 4", "bfloat16")

@@ -34,28 +34,25 @@ def megatron_problems(roles: Sequence[tuple[TrainingRole, int]]) -> Iterator[str
 def _sizes(role: TrainingRole, megatron: RefMegatronConfig, num_devices: int) -> Iterator[str]:
     key, per_model = role.engine_key, role.ranks_per_model
     tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
-    experts, chunks = megatron.expert_model_parallel_size, megatron.virtual_pipeline_model_parallel_size
     if num_devices % per_model:
         yield (
             f"{key}.tensor_model_parallel_size={tp} x pipeline_model_parallel_size={pp}: {per_model} devices hold one "
             f"model, and do not divide the {num_devices} of {role.key}; change them, {role.key}.device_mapping, or "
             "trainer.n_gpus_per_node"
         )
-    elif num_devices // per_model % experts:
-        yield (
-            f"{key}.expert_model_parallel_size={experts}: does not divide the {num_devices // per_model} data-parallel "
-            f"devices of {role.key}, over which experts are spread; set it to 1, or to a divisor"
-        )
+    chunks = megatron.virtual_pipeline_model_parallel_size
     if chunks is not None and pp == 1:
         yield (
             f"{key}.virtual_pipeline_model_parallel_size={chunks}: chunks of pipeline stages, and there is one stage; "
             f"set {key}.pipeline_model_parallel_size=2 or more, or leave it null"
         )
-    if megatron.context_parallel_size != 1:
-        yield (
-            f"{key}.context_parallel_size={megatron.context_parallel_size}: sequences cannot be cut over devices yet; "
-            "set it to 1"
-        )
+    missing = {
+        "context_parallel_size": (megatron.context_parallel_size, "sequences cannot be cut over devices"),
+        "expert_model_parallel_size": (megatron.expert_model_parallel_size, "mixtures of experts cannot be trained"),
+    }
+    for name, (size, why) in missing.items():
+        if size != 1:
+            yield f"{key}.{name}={size}: {why} yet; set it to 1"
 
 
 def _installed(role: TrainingRole) -> Iterator[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -60,10 +62,19 @@ class _Megatron:
         size = sum(math.prod(item.shape) for item in items(config, spec.head) if not item.is_copy)
         itemsize = getattr(torch, spec.sharding.dtype).itemsize
         self.num_bytes = size * itemsize // (spec.parallel.tensor * spec.parallel.pipeline)
-        self._spec, self._engine = spec, MegatronEngine
+        self._spec, self._engine = replace(spec, model_path=_local(spec.model_path)), MegatronEngine
 
     def build(self, device: torch.device) -> TrainEngine:
         return self._engine(self._spec, device)
+
+
+def _local(path: str) -> str:
+    """The directory of a model that may be named as on the hub; its files are fetched unless they are there already."""
+    if Path(path).is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(path, allow_patterns=["*.json", "*.safetensors"])
 
 
 def _silence_megatron() -> None:

@@ -84,67 +84,67 @@ ARCHITECTURES: dict[str, tuple[_Row, ...]] = {
 """By `model_type` of the Hugging Face config. Qwen2.5 is qwen2."""
 
 
-def head_dim(config: Any) -> int:
+def head_dim(hf: Any) -> int:
     """Of a Hugging Face config, which may leave it to be worked out."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return int(getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads)
 
 
-def has_qkv_bias(config: Any) -> bool:
+def has_qkv_bias(hf: Any) -> bool:
     """Whether the projections to q, k and v add a bias."""
-    return _QKV_BIAS[0] in ARCHITECTURES[config.model_type]
+    return _QKV_BIAS[0] in ARCHITECTURES[hf.model_type]
 
 
-def has_qk_norm(config: Any) -> bool:
+def has_qk_norm(hf: Any) -> bool:
     """Whether q and k are normalised head by head."""
-    return _QK_NORM[0] in ARCHITECTURES[config.model_type]
+    return _QK_NORM[0] in ARCHITECTURES[hf.model_type]
 
 
-def items(config: Any, head: Head) -> Iterator[Item]:
+def items(hf: Any, head: Head) -> Iterator[Item]:
     """Every tensor of the model, in the order of a Hugging Face checkpoint.
 
     A value model has no output layer, and names without the prefix "model." as Hugging Face's bare models do.
     """
-    size = _sizes(config)
+    size = _sizes(hf)
     body = "model." if head == "logprobs" else ""
     table = (size["vocab"], size["hidden"])
     yield Item(f"{body}embed_tokens.weight", "embedding.word_embeddings.weight", table, 0)
-    for number in range(config.num_hidden_layers):
-        for row in ARCHITECTURES[config.model_type]:
+    for number in range(hf.num_hidden_layers):
+        for row in ARCHITECTURES[hf.model_type]:
             shape = tuple(size[name] for name in row.shape)
             yield Item(f"{body}layers.{number}.{row.name}", f"decoder.layers.{number}.{row.parameter}", shape, row.cut)
     yield Item(f"{body}norm.weight", "decoder.final_layernorm.weight", (size["hidden"],), None)
     if head == "values":
         yield Item("value_head.weight", "value_head.weight", (1, size["hidden"]), None)
-    elif config.tie_word_embeddings:
+    elif hf.tie_word_embeddings:
         yield Item(f"{body}embed_tokens.weight", "output_layer.weight", table, 0, is_copy=True)
     else:
         yield Item("lm_head.weight", "output_layer.weight", table, 0)
 
 
-def check(config: Any, parallel: ParallelSpec) -> list[str]:
+def check(hf: Any, parallel: ParallelSpec) -> list[str]:
     """What keeps this model from being trained or run cut up this way, in words for the user; empty: nothing.
 
-    config: the model's Hugging Face config.
+    hf: the model's Hugging Face config.
     """
-    if config.model_type not in ARCHITECTURES:
+    if hf.model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
-        return [f"strategy=megatron does not know the architecture {config.model_type!r} (known: {known}): use fsdp"]
-    return [*_unsupported(config), *_indivisible(config, parallel)]
+        return [f"strategy=megatron does not know the architecture {hf.model_type!r} (known: {known}): use fsdp"]
+    return [*_unsupported(hf), *_indivisible(hf, parallel)]
 
 
-def _unsupported(config: Any) -> Iterator[str]:
+def _unsupported(hf: Any) -> Iterator[str]:
     """Variants of a known architecture."""
     variants = {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "hidden_act": "silu"}
     for name, known in variants.items():
-        if (value := getattr(config, name, known)) != known:
-            yield f"strategy=megatron does not support {config.model_type} with {name}={value!r}: use fsdp"
+        if (value := getattr(hf, name, known)) != known:
+            yield f"strategy=megatron does not support {hf.model_type} with {name}={value!r}: use fsdp"
 
 
-def _indivisible(config: Any, parallel: ParallelSpec) -> Iterator[str]:
+def _indivisible(hf: Any, parallel: ParallelSpec) -> Iterator[str]:
     """The vocabulary is not among them: it is filled up to what divides."""
     tensor = "tensor_model_parallel_size"
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        if (value := getattr(config, name)) % parallel.tensor:
+        if (value := getattr(hf, name)) % parallel.tensor:
             yield f"{tensor}={parallel.tensor} does not divide the model's {name}={value}"
     virtual = parallel.virtual_pipeline
     if virtual is not None and (virtual < 2 or parallel.pipeline < 2):
@@ -153,22 +153,22 @@ def _indivisible(config: Any, parallel: ParallelSpec) -> Iterator[str]:
             f"pipeline_model_parallel_size={parallel.pipeline} too: set it to null"
         )
     chunks = parallel.pipeline * (virtual or 1)
-    if config.num_hidden_layers % chunks:
+    if hf.num_hidden_layers % chunks:
         yield (
             f"pipeline_model_parallel_size={parallel.pipeline} times virtual_pipeline_model_parallel_size="
-            f"{virtual or 1} does not divide the model's num_hidden_layers={config.num_hidden_layers}"
+            f"{virtual or 1} does not divide the model's num_hidden_layers={hf.num_hidden_layers}"
         )
     if parallel.expert > 1:
-        yield f"expert_model_parallel_size={parallel.expert}: {config.model_type} has no experts, set it to 1"
+        yield f"expert_model_parallel_size={parallel.expert}: {hf.model_type} has no experts, set it to 1"
 
 
-def _sizes(config: Any) -> dict[str, int]:
-    head = head_dim(config)
+def _sizes(hf: Any) -> dict[str, int]:
+    head = head_dim(hf)
     return {
-        "vocab": config.vocab_size,
-        "hidden": config.hidden_size,
-        "intermediate": config.intermediate_size,
+        "vocab": hf.vocab_size,
+        "hidden": hf.hidden_size,
+        "intermediate": hf.intermediate_size,
         "head": head,
-        "query": head * config.num_attention_heads,
-        "kv": head * config.num_key_value_heads,
+        "query": head * hf.num_attention_heads,
+        "kv": head * hf.num_key_value_heads,
     }
