@@ -111,9 +111,9 @@ class Stage(MegatronModule):  # type: ignore[misc]
         self.share_embeddings_and_output_weights = head == "logprobs" and hf.tie_word_embeddings
         self.vp_stage = chunk
         self._head, self._vocabulary = head, hf.vocab_size
-        padded = -(-hf.vocab_size // config.tensor_model_parallel_size) * config.tensor_model_parallel_size
+        table = -(-hf.vocab_size // config.tensor_model_parallel_size) * config.tensor_model_parallel_size
         if self.pre_process:
-            self.embedding = LanguageModelEmbedding(config, padded, hf.max_position_embeddings, "rope")
+            self.embedding = LanguageModelEmbedding(config, table, hf.max_position_embeddings, "rope")
         self.rotary = LlamaRotaryEmbedding(hf)  # type: ignore[arg-type]  # any kind of `rope_parameters`; the same in all our architectures
         self.decoder = TransformerBlock(
             config,
@@ -126,7 +126,7 @@ class Stage(MegatronModule):  # type: ignore[misc]
             self.value_head = nn.Linear(hf.hidden_size, 1, bias=False, dtype=config.params_dtype)
         elif self.post_process and not (self.pre_process and self.share_embeddings_and_output_weights):
             self.output_layer = ColumnParallelLinear(
-                hf.hidden_size, padded, config=config, init_method=config.init_method, bias=False
+                hf.hidden_size, table, config=config, init_method=config.init_method, bias=False
             )
 
     def set_input_tensor(self, tensors: list[Tensor]) -> None:
