@@ -18,6 +18,7 @@ ALL = list(range(len(TABLE)))
 ONE = ([ALL[:4], ALL[4:7], ALL[7:]],)
 """Micro-batches of one data-parallel rank; groups are torn apart, so shared prompts are there and not there."""
 TWO = ([[9, 10], [0, 1, 4], ALL[5:7]], [[2, 3], [7, 8, 11], []])
+MANY = ([[0], [1, 2], [3, 4], [5], [6, 7, 8], [9, 10], [11]],)
 STEPS = 3
 OPTIMIZER = replace(ADAMW, eps=1e-4)
 """A larger eps: Adam divides the rounding noise of a gradient that is nearly zero by that gradient."""
@@ -45,12 +46,13 @@ WAYS = [
     Way("sequence parallel", "pair", ParallelSpec(tensor=2, sequence=True), "qwen3", False),
     Way("pipeline", "pair", ParallelSpec(pipeline=2)),
     Way("pipeline, untied", "pair", ParallelSpec(pipeline=2), "llama", False),
-    Way("interleaved pipeline", "pair", ParallelSpec(pipeline=2, virtual_pipeline=2), "deep"),
+    Way("interleaved pipeline", "pair", ParallelSpec(pipeline=2, virtual_pipeline=2), "deep", split=MANY),
     Way("recomputation", "pair", ParallelSpec(tensor=2, sequence=True), spec={"gradient_checkpointing": True}),
     Way("pipeline, recomputation", "pair", ParallelSpec(pipeline=2), spec={"gradient_checkpointing": True}),
     Way("prompts not shared", "solo", ParallelSpec(), spec={"share_prompt": False}),
     Way("tensor parallel pipeline", "quad", ParallelSpec(tensor=2, pipeline=2, sequence=True), "qwen3"),
     Way("data parallel pipeline", "quad", ParallelSpec(pipeline=2), "qwen2", True, TWO),
+    Way("long pipeline", "quad", ParallelSpec(pipeline=4), "deep", False, MANY),
 ]
 
 
