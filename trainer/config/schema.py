@@ -309,7 +309,7 @@ class TrainerConfig(Section):
     device: Literal["auto", "cuda", "cpu"]
     val_before_train: bool
     test_freq: MinusOneOrPositive
-    save_freq: MinusOneOrPositive
+    save_freq: Annotated[int, Field(ge=-1)]
     max_actor_ckpt_to_keep: Positive | None
     resume_mode: Literal["auto", "disable", "resume_path"]
     resume_from_path: LocalPath | None
