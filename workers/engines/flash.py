@@ -104,6 +104,8 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         out, lse = kernels.forward(query, key, value, layout.own, layout.own, True, scale)
         if (shared := layout.shared) is not None:
+            if lse.ndim != 2:
+                raise RuntimeError("this PyTorch's flash attention pads its normalisers: set share_prompt=false")
             keys, values = key.index_select(0, shared.rows), value.index_select(0, shared.rows)
             more = kernels.forward(query, keys, values, shared.queries, shared.keys, False, scale)
             merge = _merge(query.device.type)

@@ -169,7 +169,8 @@ class FSDPEngine:
         room -= 0 if begun else self._gradient_bytes(num_micro_batches)
         self._recompute.fit(tokens, room, self._group)
         layer = self._recompute.layer_bytes
-        if self._spec.sharding.reshard_after_forward != "auto" or layer is None:
+        can_stay = hasattr(FSDPModule, "set_reshard_after_forward")  # PyTorch 2.8
+        if self._spec.sharding.reshard_after_forward != "auto" or layer is None or not can_stay:
             return
         whole = tokens * layer.whole * (len(self._layers) + WORKING_LAYERS)
         lacks = whole + _num_elements(self._module) * getattr(torch, self._spec.sharding.dtype).itemsize > room
