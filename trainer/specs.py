@@ -10,8 +10,8 @@ from trainer.data.order import steps_per_epoch
 from trainer.inputs import Inputs, absolute
 from trainer.placement import Device, DeviceType
 from workers.engines.base import EngineSpec, OptimizerSpec, ShardSpec
-from workers.memory import Offload
 from workers.rollout.spec import RolloutSpec, SamplingSpec
+from workers.settings import Auto
 
 _MASTER_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
@@ -125,7 +125,7 @@ def critic_spec(cfg: Config, sizes: Sizes) -> EngineSpec:
     )
 
 
-def offloads(cfg: Config) -> dict[str, dict[str, Offload]]:
+def offloads(cfg: Config) -> dict[str, dict[str, Auto]]:
     """When the parts of each role's engine leave the device."""
     actor, ref, critic = cfg.actor_rollout_ref.actor.fsdp_config, cfg.actor_rollout_ref.ref.fsdp_config, cfg.critic.fsdp
     return {
@@ -142,7 +142,7 @@ def _engine_spec(
     head: Literal["logprobs", "values"],
     sharding: ShardSpec,
     optimizer: OptimizerSpec | None,
-    gradient_checkpointing: bool | Literal["auto"],
+    gradient_checkpointing: Auto,
 ) -> EngineSpec:
     """With what every role takes from actor_rollout_ref.model."""
     model = cfg.actor_rollout_ref.model

@@ -53,7 +53,7 @@ def test_w1s_sync_alone(tmp_path: Path) -> None:
     assert parts["sync"]["median"] < result["seconds"] < 10
     num_parameters = 1024 * 128 + 2 * (4 * 128 * 128 - 2 * 64 * 128 + 256 + 3 * 128 * 256 + 2 * 128) + 128
     assert result["bytes"] == 4 * num_parameters
-    assert result["channel"] == "shared_memory" and result["buckets"] == 1 and result["checksums_agreed"] is True
+    assert result["channel"] == "shared_memory" and result["buckets"] == 1 and result["verified"] is True
 
 
 def test_w1s_generation_alone(tmp_path: Path) -> None:

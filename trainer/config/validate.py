@@ -43,6 +43,38 @@ def role_devices(value: DeviceMapping, key: str, *, num_devices: int) -> tuple[i
     return ranks
 
 
+def training_devices(cfg: Config, *, num_devices: int) -> dict[str, tuple[int, ...]]:
+    """The global device ranks of each training role of the run: "actor", "ref", "critic"."""
+    mappings = {"actor": (cfg.actor_rollout_ref.actor.device_mapping, ACTOR)}
+    if cfg.use_reference:
+        mappings["ref"] = cfg.actor_rollout_ref.ref.device_mapping, "actor_rollout_ref.ref"
+    if cfg.use_critic:
+        mappings["critic"] = cfg.critic.device_mapping, "critic"
+    return {
+        role: role_devices(mapping, f"{key}.device_mapping", num_devices=num_devices)
+        for role, (mapping, key) in mappings.items()
+    }
+
+
+def check_shared_devices(cfg: Config) -> None:
+    """Roles share a device's memory inside one process, which roles have together only where all devices are the same.
+
+    Raises UserError where two training roles share some of their devices only; on a CPU that does no harm.
+    """
+    (actor, of_actor), *others = training_devices(cfg, num_devices=cfg.num_devices).items()
+    keys = {"actor": ACTOR, "ref": "actor_rollout_ref.ref", "critic": "critic"}
+    seen = {actor: of_actor}
+    for role, ranks in others:
+        for other, theirs in seen.items():
+            if ranks != theirs and set(ranks) & set(theirs):
+                key, same = f"{keys[role]}.device_mapping", f"{keys[other]}.device_mapping"
+                raise UserError(
+                    f"{key}={show(list(ranks))}: shares some devices, not all, with {same}={show(list(theirs))}, and "
+                    f"neither could make room for the other on a GPU; set both the same, or without a common device"
+                )
+        seen[role] = ranks
+
+
 def _batch_sizes(cfg: Config) -> Iterator[str]:
     batch = cfg.data.train_batch_size
     key = f"{ACTOR}.ppo_mini_batch_size"

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-Setting = bool | Literal["auto"]
+from workers.settings import Auto
 
 MARGIN = 0.03
 """Share of the device's memory that plans leave free: fragments, what libraries allocate for themselves."""
@@ -68,7 +67,7 @@ class Recompute:
     compute dtype, bytes.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], setting: Setting, device: torch.device, itemsize: int) -> None:
+    def __init__(self, layers: Sequence[nn.Module], setting: Auto, device: torch.device, itemsize: int) -> None:
         self._layers = [layer for layer in layers if hasattr(layer, "gradient_checkpointing")]
         self._is_planned = setting == "auto" and free_bytes(device) is not None
         self.layer_bytes: LayerBytes | None = None
