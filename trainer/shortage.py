@@ -120,9 +120,9 @@ def _on_a_cpu(cfg: Config, call: str, role: str) -> Iterator[str]:
     yield from _micro_batches(cfg, call, role)
     if call in ("publish", *_SYNC_CALLS):
         yield from _buckets(cfg)
+    yield f"lower {_ROLLOUT}.kv_cache_gb (now {cache if cache is not None else 'null, which is 1'}): of each replica"
     if call in ("start", "generate"):
         yield f"lower {_ROLLOUT}.max_num_seqs (now {cfg.actor_rollout_ref.rollout.max_num_seqs})"
-    yield f"lower {_ROLLOUT}.kv_cache_gb (now {cache if cache is not None else 'null, which is 1'}): of each replica"
     for key, value in _offloads(cfg).items():
         if value is True:
             yield f"set {key}=false (now true): on a CPU it moves to the same memory"
