@@ -100,8 +100,8 @@ class Driver:
         return self._is_due(self.cadence.test_freq)
 
     def is_checkpoint_due(self) -> bool:
-        """Every save_freq steps and after the last."""
-        return self._is_due(self.cadence.save_freq)
+        """Every save_freq steps and after the last; never if it is 0."""
+        return self.cadence.save_freq != 0 and self._is_due(self.cadence.save_freq)
 
     def _is_due(self, freq: int) -> bool:
         return self.finished or (freq > 0 and self.state.step % freq == 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from trainer.config.roles import TrainingRole
 from trainer.config.schema import FsdpConfig, MegatronConfig, RefMegatronConfig
 from workers.engines.base import ParallelSpec, ShardSpec
-from workers.memory import Offload
+from workers.settings import Auto
 
 _MASTER_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _PARTS = {"param_offload": "weights", "optimizer_offload": "optimizer"}
@@ -34,6 +34,6 @@ def shard_spec(role: TrainingRole) -> ShardSpec:
     return ShardSpec(engine.dtype, stored, engine.reshard_after_forward, engine.wrap_min_num_params)
 
 
-def offloads(role: TrainingRole) -> dict[str, Offload]:
+def offloads(role: TrainingRole) -> dict[str, Auto]:
     """When the parts of a role's engine leave the device."""
     return {_PARTS[key]: when for key, when in role.offloads.items()}

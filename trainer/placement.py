@@ -19,6 +19,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from trainer.config.schema import Config
+from trainer.config.validate import check_shared_devices
 
 DeviceType = Literal["cpu", "cuda"]
 
@@ -92,11 +93,13 @@ def device_type(cfg: Config) -> DeviceType:
 def reserve(cfg: Config) -> Cluster:
     """Reserves nnodes x n_gpus_per_node devices.
 
-    Raises ValueError at once where the cluster does not have them or PyTorch cannot connect them, and where they do
-    not come free in trainer.startup_timeout_s.
+    Raises ValueError at once where the cluster does not have them, roles cannot share them, or PyTorch cannot connect
+    them, and where they do not come free in trainer.startup_timeout_s.
     """
     check_gloo()
     kind = device_type(cfg)
+    if kind == "cuda":
+        check_shared_devices(cfg)
     resource = "GPU" if kind == "cuda" else "CPU"
     per_node, nnodes = cfg.trainer.n_gpus_per_node, cfg.trainer.nnodes
     _check_capacity(resource, per_node, nnodes)

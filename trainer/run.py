@@ -84,7 +84,7 @@ def run(cfg: Config, notices: Sequence[str]) -> int:
         complain("interrupted; the same command starts again, from the last checkpoint if there is one")
         return INTERRUPTED
     except WorkerOutOfMemory as error:
-        complain("\n".join([explain(cfg, error), *getattr(error, "__notes__", ())]))
+        complain("\n".join([explain(cfg, error, placement.device_type(cfg)), *getattr(error, "__notes__", ())]))
         return FAILED
     except (WorkerError, RewardErrorRate, checkpoint.CheckpointError) as error:
         complain("\n".join([str(error), *getattr(error, "__notes__", ())]))

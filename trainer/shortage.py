@@ -1,17 +1,20 @@
-"""A device that ran out of memory, for the user: what happened, the figures, and the keys that would help.
+"""Memory that ran out, for the user: what happened, the figures, and the keys that would help.
 
-Only keys that have something to give with their present values are named.
+Only keys that have something to give with their present values, in the call that failed, are named.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 from trainer.config.errors import show
 from trainer.config.roles import training_roles
 from trainer.config.schema import Config, FsdpConfig, MegatronConfig
 from trainer.tracking.text import size
 from workers.group import WorkerOutOfMemory
+from workers.settings import Auto
+from workers.shortage import Where
 
 _ROLLOUT = "actor_rollout_ref.rollout"
 _ACTOR = "actor_rollout_ref.actor"
@@ -23,65 +26,123 @@ _DOING = {
     "place": "start",
     "save": "checkpoint",
     "load": "resuming",
+    "make_room": "making room for a replica",
+    "start": "start",
     "generate": "generation",
     "wake": "waking the replica",
+    "begin_update": "weight sync",
     "load_bucket": "weight sync",
+    "finish_update": "weight sync",
 }
 """What the calls of workers mean to a user."""
-_REPLICA_CALLS = ("generate", "wake", "load_bucket")
+_SYNC_CALLS = ("begin_update", "load_bucket", "finish_update")
+_REPLICA_CALLS = ("start", "generate", "wake", *_SYNC_CALLS)
 
 
-def explain(cfg: Config, error: WorkerOutOfMemory) -> str:
-    """The message for the user; several lines."""
+def explain(cfg: Config, error: WorkerOutOfMemory, device: Literal["cpu", "cuda"]) -> str:
+    """The message for the user; several lines. device: what the run works on."""
     shortage = error.shortage
+    call, where = shortage.call, shortage.where
     whose = f" of the {shortage.role}" if shortage.role else ""
-    kind = f"rank {error.rank}" if shortage.role else f"rollout replica {error.rank}"
+    kind = "rollout replica" if call in _REPLICA_CALLS else "rank"
     asked = f"{shortage.asked} asked for, " if shortage.asked else ""
     free, total = size(shortage.free_bytes), size(shortage.total_bytes)
     lines = [
-        f"out of memory: {_DOING[shortage.call]}{whose}, {kind}: {asked}{free} free of {total}",
+        f"out of {'host ' if where == 'host' else ''}memory: "
+        f"{_DOING[call]}{whose}, {kind} {error.rank}: {asked}{free} free of {total}",
         f"  {shortage.told[:300]}",
     ]
-    keys = list(remedies(cfg, shortage.call, shortage.role))
-    return "\n".join([*lines, "what would help:", *(f"  {key}" for key in keys)])
+    keys = list(remedies(cfg, call, shortage.role, where=where, device=device))
+    return "\n".join([*lines, *(["what would help:"] if keys else []), *(f"  {key}" for key in keys)])
 
 
-def remedies(cfg: Config, call: str, role: str) -> Iterator[str]:
+def remedies(
+    cfg: Config, call: str, role: str, *, where: Where = "device", device: Literal["cpu", "cuda"] = "cuda"
+) -> Iterator[str]:
     """Keys to turn, with the values they have now; what costs least speed comes first."""
-    if call in _REPLICA_CALLS:
-        yield from _generation(cfg)
-    elif call in ("forward", "update"):
-        yield from _micro_batches(cfg, role, call)
-    if call in ("publish", "load_bucket"):
-        megabytes = cfg.actor_rollout_ref.rollout.update_weights_bucket_megabytes
-        yield f"lower {_ROLLOUT}.update_weights_bucket_megabytes (now {megabytes})"
-    yield from _held_by_replicas(cfg, call)
-    yield from _held_by_training(cfg)
-    yield from _more_devices(cfg)
+    if device == "cpu":
+        yield from _on_a_cpu(cfg, call, role)
+    elif where == "host":
+        yield from _beside_gpus(cfg, call)
+    elif call in _REPLICA_CALLS:
+        yield from _of_a_replica(cfg, call)
+    else:
+        yield from _of_training(cfg, call, role)
 
 
-def _more_devices(cfg: Config) -> Iterator[str]:
-    """FSDP shards over the devices that there are; Megatron is told over how many."""
-    roles, now = training_roles(cfg), cfg.trainer.n_gpus_per_node
-    if any(role.megatron is None for role in roles):
-        yield f"raise trainer.n_gpus_per_node (now {now}): models are sharded over the devices"
-    for role in roles:
-        if (megatron := role.megatron) is not None:
-            yield (
-                f"raise {role.engine_key}.tensor_model_parallel_size (now {megatron.tensor_model_parallel_size}), and "
-                f"trainer.n_gpus_per_node (now {now}) where it takes more devices"
-            )
+def _of_training(cfg: Config, call: str, role: str) -> Iterator[str]:
+    """A GPU, while a training rank works on it."""
+    yield from _micro_batches(cfg, call, role)
+    if call == "publish":
+        yield from _buckets(cfg)
+    yield from _awake_cache(cfg)
+    yield from _kept_on_the_gpu(cfg)
+    yield from _half_precision(cfg, role)
+    yield from _more_devices(cfg, role)
 
 
-def _micro_batches(cfg: Config, role: str, call: str) -> Iterator[str]:
-    model, budgets = cfg.actor_rollout_ref.model, _budgets(cfg)
-    key, budget = budgets[role]
+def _of_a_replica(cfg: Config, call: str) -> Iterator[str]:
+    """A GPU, while a replica works on it. It starts before training takes anything, and has no cache during a sync."""
+    if call in _SYNC_CALLS:
+        yield from _buckets(cfg)
+        yield from _awake_cache(cfg)
+    else:
+        yield _smaller_cache(cfg)
+    if call in ("start", "generate"):
+        yield f"lower {_ROLLOUT}.max_num_seqs (now {cfg.actor_rollout_ref.rollout.max_num_seqs})"
+    if call != "start":
+        yield from _kept_on_the_gpu(cfg)
+        yield from _half_precision(cfg, "")
+    per_node, parallel = cfg.trainer.n_gpus_per_node, cfg.actor_rollout_ref.rollout.tensor_model_parallel_size
+    more = "" if parallel < per_node else f", and trainer.n_gpus_per_node (now {per_node}) with it"
+    yield (
+        f"raise {_ROLLOUT}.tensor_model_parallel_size (now {parallel}){more}: a replica is sharded over so many devices"
+    )
+
+
+def _beside_gpus(cfg: Config, call: str) -> Iterator[str]:
+    """The host of GPUs: what leaves a GPU waits there, and models are read there first."""
+    rollout = cfg.actor_rollout_ref.rollout
+    for key, value in _offloads(cfg).items():
+        if value is not False:
+            yield f"set {key}=false (now {show(value)}), if the GPU has room for it"
+    if rollout.free_cache_engine and rollout.sleep_level == 1:
+        yield f"set {_ROLLOUT}.sleep_level=2 (now 1): weights are dropped, and come back with the next sync"
+    if call in ("publish", *_SYNC_CALLS):
+        yield from _buckets(cfg)
+    per_node, reads_all = cfg.trainer.n_gpus_per_node, any(role.megatron is None for role in training_roles(cfg))
+    if call in ("place", "start") and per_node > 1 and reads_all:
+        yield f"lower trainer.n_gpus_per_node (now {per_node}): every rank reads whole models when it starts"
+
+
+def _on_a_cpu(cfg: Config, call: str, role: str) -> Iterator[str]:
+    """One memory for everyone: replicas never give theirs back, and what is offloaded stays in it."""
+    cache, per_node = cfg.actor_rollout_ref.rollout.kv_cache_gb, cfg.trainer.n_gpus_per_node
+    yield from _micro_batches(cfg, call, role)
+    if call in ("publish", *_SYNC_CALLS):
+        yield from _buckets(cfg)
+    yield f"lower {_ROLLOUT}.kv_cache_gb (now {cache if cache is not None else 'null, which is 1'}): of each replica"
+    if call in ("start", "generate"):
+        yield f"lower {_ROLLOUT}.max_num_seqs (now {cfg.actor_rollout_ref.rollout.max_num_seqs})"
+    for key, value in _offloads(cfg).items():
+        if value is True:
+            yield f"set {key}=false (now true): on a CPU it moves to the same memory"
+    yield from _half_precision(cfg, None)
+    if per_node > 1:
+        yield f"lower trainer.n_gpus_per_node (now {per_node}): fewer ranks and replicas share this memory"
+
+
+def _micro_batches(cfg: Config, call: str, role: str) -> Iterator[str]:
+    if call not in ("forward", "update"):
+        return
+    key, budget = _budgets(cfg)[role]
     if budget > cfg.max_sequence_length:
         yield f"lower {key} (now {budget}; a sequence has up to {cfg.max_sequence_length} tokens)"
     if call == "update":
-        name, setting = ("critic.model", cfg.critic.model) if role == "critic" else ("actor_rollout_ref.model", model)
-        if setting.enable_gradient_checkpointing is not True:
-            now = show(setting.enable_gradient_checkpointing)
+        model = cfg.critic.model if role == "critic" else cfg.actor_rollout_ref.model
+        name = "critic.model" if role == "critic" else "actor_rollout_ref.model"
+        if model.enable_gradient_checkpointing is not True:
+            now = show(model.enable_gradient_checkpointing)
             yield f"set {name}.enable_gradient_checkpointing=true (now {now})"
         for each in training_roles(cfg):
             if each.name == role and isinstance(each.engine, FsdpConfig) and each.engine.reshard_after_forward is False:
@@ -97,36 +158,63 @@ def _budgets(cfg: Config) -> dict[str, tuple[str, int]]:
     }
 
 
-def _generation(cfg: Config) -> Iterator[str]:
+def _buckets(cfg: Config) -> Iterator[str]:
+    megabytes = cfg.actor_rollout_ref.rollout.update_weights_bucket_megabytes
+    yield f"lower {_ROLLOUT}.update_weights_bucket_megabytes (now {megabytes})"
+
+
+def _smaller_cache(cfg: Config) -> str:
     rollout = cfg.actor_rollout_ref.rollout
     if rollout.kv_cache_gb is not None:
-        yield f"lower {_ROLLOUT}.kv_cache_gb (now {rollout.kv_cache_gb})"
-    else:
-        yield f"lower {_ROLLOUT}.gpu_memory_utilization (now {rollout.gpu_memory_utilization})"
-    yield f"lower {_ROLLOUT}.max_num_seqs (now {rollout.max_num_seqs})"
+        return f"lower {_ROLLOUT}.kv_cache_gb (now {rollout.kv_cache_gb})"
+    return f"lower {_ROLLOUT}.gpu_memory_utilization (now {rollout.gpu_memory_utilization})"
 
 
-def _held_by_replicas(cfg: Config, call: str) -> Iterator[str]:
-    """What replicas keep while training works."""
+def _awake_cache(cfg: Config) -> Iterator[str]:
+    """Where replicas do not sleep, they keep their cache while others work."""
     rollout = cfg.actor_rollout_ref.rollout
-    if call in _REPLICA_CALLS:
-        return
     if not rollout.free_cache_engine:
         yield f"set {_ROLLOUT}.free_cache_engine=true (now false)"
+        yield _smaller_cache(cfg)
     elif rollout.sleep_level == 0:
         yield f"set {_ROLLOUT}.sleep_level=auto (now 0)"
-    if call == "publish" or not rollout.free_cache_engine or rollout.sleep_level == 0:
-        yield f"lower {_ROLLOUT}.gpu_memory_utilization (now {rollout.gpu_memory_utilization})"
+        yield _smaller_cache(cfg)
 
 
-def _held_by_training(cfg: Config) -> Iterator[str]:
-    roles = training_roles(cfg)
-    for role in roles:
-        for key, value in role.offloads.items():
-            if value is False:
-                yield f"set {role.engine_key}.{key}=auto (now false)"
-    for role in roles:
-        if isinstance(role.engine, FsdpConfig | MegatronConfig) and role.engine.model_dtype == "fp32":
+def _kept_on_the_gpu(cfg: Config) -> Iterator[str]:
+    for key, value in _offloads(cfg).items():
+        if value is False:
+            yield f"set {key}=auto (now false)"
+
+
+def _half_precision(cfg: Config, name: str | None) -> Iterator[str]:
+    """Of the role at work, and of those that never leave the device; None: of all."""
+    for role in training_roles(cfg):
+        stays = name is None or name == role.name or False in role.offloads.values()
+        if stays and isinstance(role.engine, FsdpConfig | MegatronConfig) and role.engine.model_dtype == "fp32":
             yield (
                 f"set {role.engine_key}.model_dtype=bf16 (now fp32): half the weights and optimizer state, less precise"
             )
+
+
+def _more_devices(cfg: Config, name: str) -> Iterator[str]:
+    """FSDP shards over the devices that there are; Megatron is told over how many. name: the role at work, "": all."""
+    roles, now = [role for role in training_roles(cfg) if name in ("", role.name)], cfg.trainer.n_gpus_per_node
+    if any(role.megatron is None for role in roles):
+        yield f"raise trainer.n_gpus_per_node (now {now}): models are sharded over the devices"
+    for role in roles:
+        if (megatron := role.megatron) is not None:
+            yield (
+                f"raise {role.engine_key}.tensor_model_parallel_size (now {megatron.tensor_model_parallel_size}), and "
+                f"trainer.n_gpus_per_node (now {now}) where it takes more devices"
+            )
+
+
+def _offloads(cfg: Config) -> dict[str, Auto]:
+    """What training may move to host memory, by key; of each role first what is used least."""
+    return {
+        f"{role.engine_key}.{key}": role.offloads[key]
+        for role in training_roles(cfg)
+        for key in ("optimizer_offload", "param_offload")
+        if key in role.offloads
+    }

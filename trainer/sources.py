@@ -91,15 +91,11 @@ class SyncSource:
 
     def wake_weights(self) -> None:
         """Replicas take the memory of their weights again (before a weight sync)."""
-        if self._asleep is not None:
-            self._memory.make_room(self._asleep["weights"])
-            self._pool.wake("weights")
+        self._wake("weights", in_sync=True)
 
     def wake_cache(self) -> None:
         """Replicas take the memory of the KV cache again (after a weight sync)."""
-        if self._asleep is not None:
-            self._memory.make_room(self._asleep["kv_cache"])
-            self._pool.wake("kv_cache")
+        self._wake("kv_cache", in_sync=True)
         self._asleep = None
 
     @contextmanager
@@ -109,15 +105,23 @@ class SyncSource:
             yield
             return
         self.sleep(keep_weights=True)
-        yield
-        self.wake_weights()
-        self.wake_cache()
+        try:
+            yield
+        finally:
+            self._wake("weights", in_sync=False)
+            self._wake("kv_cache", in_sync=False)
+            self._asleep = None
 
     def take_metrics(self) -> dict[str, float]:
         """What the replicas did, and what happened to memory, since the last call, for the line of a step."""
         metrics = self._log.take() | {"rollout/replaced": float(self._pool.take_replaced())}
         metrics |= self._memory.take_metrics(self._pool.take_peaks())
         return metrics | {"memory/rollout_peak_bytes": float(self._pool.peak_bytes)}
+
+    def _wake(self, tag: str, *, in_sync: bool) -> None:
+        if self._asleep is not None:
+            self._memory.make_room(self._asleep[tag])
+            self._pool.wake(tag, in_sync=in_sync)
 
     def _score(self, chunk: Chunk, prompts: Sequence[Prompt], number: int) -> Any:
         """Starts to score one chunk. Its groups, in order of first use, are what its block's `prompt_of` means."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trainer.config.roles import RoleName, TrainingRole, training_roles
+from trainer.config.roles import TrainingRole, training_roles
 from trainer.config.schema import ActorConfig, Config, CriticConfig, OptimConfig
 from trainer.data.order import steps_per_epoch
 from trainer.engines import parallel_spec, shard_spec
@@ -84,7 +84,7 @@ def rollout_spec(cfg: Config, inputs: Inputs, kind: DeviceType, devices: list[De
     )
 
 
-def engine_specs(cfg: Config, inputs: Inputs, sizes: Sizes) -> dict[RoleName, EngineSpec]:
+def engine_specs(cfg: Config, inputs: Inputs, sizes: Sizes) -> dict[str, EngineSpec]:
     """The engine of each training role: the policy, the frozen reference, the value function."""
     return {role.name: _engine_spec(cfg, inputs, sizes, role) for role in training_roles(cfg)}
 

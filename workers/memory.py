@@ -13,19 +13,18 @@ import resource
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
-import psutil
 import torch
 
 from workers.engines.residency import Part
-from workers.shortage import out_of_memory_explained
-
-Offload = Literal["auto"] | bool
-"""When a part leaves the device: "auto": for room that somebody needs; True: after each use; False: never."""
+from workers.settings import Auto
+from workers.shortage import host_memory, out_of_memory_explained
 
 SPARE_BYTES = 512 << 20
 """Room besides what is asked for: what allocators round up, and libraries take for themselves."""
+START_BYTES = 2 << 30
+"""What a process that starts takes besides its share: its CUDA context, kernels, graphs."""
 
 
 class Meter(Protocol):
@@ -76,8 +75,7 @@ class HostMeter:
 
     def memory(self) -> tuple[int, int]:
         """Of the machine."""
-        memory = psutil.virtual_memory()
-        return int(memory.available), int(memory.total)
+        return host_memory()
 
     def begin(self) -> None:
         """Nothing: a resident set has no peak that could be forgotten."""
@@ -98,40 +96,52 @@ def meter_of(device_type: str) -> Meter:
 
 @dataclass(frozen=True, slots=True)
 class MemoryReport:
-    """One device: the peak of each kind of call, the most that was away of each part ("actor_optimizer"), its size."""
+    """One device: the peak of each kind of call, the most that was away of each part ("actor_optimizer"), its size.
+
+    lacking_bytes: what is not free of what optimizer state will take that was not made yet, by an update or a save.
+    """
 
     peaks: dict[str, int]
     offloaded: dict[str, int]
     total_bytes: int
+    lacking_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Tenant:
-    """A part, whose it is, and when it may be evicted. turn: the lowest goes first."""
+    """A part, whose it is, and when it leaves the device.
+
+    offload: "auto": for room that somebody needs; True: after each use; False: never. turn: the lowest goes first.
+    """
 
     role: str
     name: str
     part: Part
-    offload: Offload
+    offload: Auto
     turn: int
 
 
 class DeviceMemory:
-    """Knows every part of every role on a device; brings in what is used, and makes room. spare_bytes: more of it."""
+    """Knows every part of every role on a device; brings in what is used, and makes room. spare_bytes: more of it;
+    start_bytes: still more, for a process that starts."""
 
-    def __init__(self, meter: Meter, *, spare_bytes: int = SPARE_BYTES) -> None:
+    def __init__(self, meter: Meter, *, spare_bytes: int = SPARE_BYTES, start_bytes: int = START_BYTES) -> None:
         self.meter = meter
         self._spare_bytes = spare_bytes
+        self._start_bytes = start_bytes
         self._tenants: list[_Tenant] = []
         self._peaks: dict[str, int] = {}
         self._offloaded: dict[str, int] = {}
 
-    def add(self, role: str, parts: Mapping[str, Part], offload: Mapping[str, Offload]) -> None:
-        """Takes charge of a role's parts, "weights" and, of a trained one, "optimizer". offload: of each."""
+    def add(self, role: str, parts: Mapping[str, Part], offload: Mapping[str, Auto]) -> None:
+        """Takes charge of a role's parts, "weights" and, of a trained one, "optimizer", as after a use. offload: of
+        each."""
         for name, part in parts.items():
             turn = _turn(name, is_trained="optimizer" in parts)
             self._tenants.append(_Tenant(role, name, part, offload[name], turn))
         self._tenants.sort(key=lambda tenant: tenant.turn)
+        with out_of_memory_explained("place", role, self.meter.memory):
+            self._settle(role)
 
     @contextmanager
     def use(
@@ -145,18 +155,27 @@ class DeviceMemory:
         with out_of_memory_explained(call, role, self.meter.memory):
             self._ensure([t for t in self._tenants if t.role == role and t.name in names], wanted_bytes)
             yield
-        self._peaks[call] = max(self._peaks.get(call, 0), self.meter.peak_bytes())
-        if not keep:
-            self._settle(role)
+            self._peaks[call] = max(self._peaks.get(call, 0), self.meter.peak_bytes())
+            if not keep:
+                self._settle(role)
 
-    def make_room(self, num_bytes: int) -> None:
-        """Evicts until `num_bytes` are free for another process, or nothing more can go."""
-        self._evict_for(num_bytes, ())
+    def make_room(self, num_bytes: int, share: float = 0.0) -> None:
+        """Evicts until `num_bytes` are free for another process, or nothing more can go.
+
+        share: if not 0, that process starts, and wants at least this share of the device.
+        """
+        if share:
+            num_bytes = max(num_bytes, int(share * self.meter.memory()[1])) + self._start_bytes
+        with out_of_memory_explained("make_room", "", self.meter.memory):
+            self._evict_for(num_bytes, ())
 
     def report(self, *, take: bool) -> MemoryReport:
         """What happened since the last report that was taken."""
         offloaded = {name: size for name, size in self._offloaded.items() if size}
-        report = MemoryReport(dict(self._peaks), offloaded, self.meter.memory()[1])
+        free, total = self.meter.memory()
+        unmade = sum(_unmade_bytes([t for t in self._tenants if t.role == role]) for role in self._roles())
+        lacking = max(0, unmade + self._spare_bytes - free) if unmade else 0
+        report = MemoryReport(dict(self._peaks), offloaded, total, lacking)
         if take:
             self._peaks, self._offloaded = {}, {}
             self._note()
@@ -187,6 +206,9 @@ class DeviceMemory:
         self.meter.memory()
         self._note()
 
+    def _roles(self) -> set[str]:
+        return {tenant.role for tenant in self._tenants}
+
     def _note(self) -> None:
         for tenant in self._tenants:
             name = f"{tenant.role}_{tenant.name}"
@@ -201,6 +223,6 @@ def _turn(name: str, *, is_trained: bool) -> int:
 
 
 def _unmade_bytes(required: Sequence[_Tenant]) -> int:
-    """Optimizer state that the first step will make: two moments of each weight."""
+    """Optimizer state of one role that the first step or save will make: two moments of each weight."""
     sizes = {tenant.name: tenant.part.resident_bytes + tenant.part.away_bytes for tenant in required}
     return 2 * sizes.get("weights", 0) if sizes.get("optimizer") == 0 else 0

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from workers.batch import Batch
     from workers.engines.base import EngineSpec, Loss, MicroBatches, StepResult, TrainEngine, Update
     from workers.engines.build import Prepared
-    from workers.memory import DeviceMemory, MemoryReport, Offload
+    from workers.memory import DeviceMemory, MemoryReport
+    from workers.settings import Auto
     from workers.sync.buckets import Bucket, BucketWriter, Channel, Shard
 
 FlatArray = npt.NDArray[np.float32]
@@ -65,7 +66,6 @@ class _Published:
     role: str
     writer: BucketWriter
     shards: Sequence[Shard]
-    bucket_bytes: int
     num_buckets: int
 
 
@@ -144,7 +144,7 @@ class TrainWorker:
 
         self._prepared[role] = prepare(replace(spec, compile=spec.compile and self._device_type == "cuda"))
 
-    def place(self, role: str, offload: Mapping[str, Offload]) -> int:
+    def place(self, role: str, offload: Mapping[str, Auto]) -> int:
         """Builds the engine of a prepared role on the device; returns its number of parameters.
 
         offload: when its parts leave the device. On a CPU, whose memory is the host's, there is no room to make.
@@ -160,9 +160,9 @@ class TrainWorker:
         self._device_memory.add(role, engine.parts, offload)
         return sum(int(np.prod(shape)) for _, _, shape, *_ in engine.export_weights())
 
-    def make_room(self, num_bytes: int) -> None:
-        """Frees so much of the device for another process, as far as parts may leave it."""
-        self._device_memory.make_room(num_bytes)
+    def make_room(self, num_bytes: int, share: float = 0.0) -> None:
+        """Frees so much of the device for another process, as far as parts may leave it. share: as in DeviceMemory."""
+        self._device_memory.make_room(num_bytes, share)
 
     def memory_report(self, take: bool) -> MemoryReport:
         """What happened to the device's memory since the last report that was taken."""
@@ -205,14 +205,14 @@ class TrainWorker:
 
         writer = BucketWriter(dtype, bucket_bytes, channel) if self._published is None else self._published.writer
         shards = tuple(self._engines[role].export_weights())
-        self._published = _Published(role, writer, shards, bucket_bytes, writer.num_buckets(shards))
+        self._published = _Published(role, writer, shards, writer.num_buckets(shards))
         return self._published.num_buckets
 
     def publish_bucket(self, number: int) -> Bucket:
         """Writes this rank's rows of one bucket where replicas can read them."""
         published = self._published
         assert published is not None
-        wanted, more = published.bucket_bytes if number < 2 else 0, number + 1 < published.num_buckets
+        wanted, more = published.writer.missing_bytes(published.shards, number), number + 1 < published.num_buckets
         with self._use("publish", published.role, "weights", wanted_bytes=wanted, keep=more):
             return published.writer.write(published.shards, number)
 

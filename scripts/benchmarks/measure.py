@@ -81,6 +81,12 @@ def memory_growth(peaks: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: steps[-1] - steps[min(1, len(steps) - 1)] for name, steps in peaks.items()}
 
 
+def memory_growth_share(peaks: Mapping[str, Sequence[float]]) -> float | None:
+    """The phase that grew most: its growth as a share of its largest peak. None: no memory was measured."""
+    growth = memory_growth(peaks)
+    return max((growth[name] / max(steps) for name, steps in peaks.items()), default=None)
+
+
 def spread(seconds: Sequence[float] | np.ndarray) -> dict[str, float]:
     """Median, 10th and 90th percentile and mean."""
     p10, median, p90 = (float(value) for value in np.percentile(seconds, (10, 50, 90)))

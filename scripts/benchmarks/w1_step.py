@@ -10,7 +10,16 @@ from rich.console import Console
 from rich.table import Table
 
 from . import launch
-from .measure import MEMORY, WORK, Result, memory_growth, phase_memory, phase_seconds, share_of_each
+from .measure import (
+    MEMORY,
+    WORK,
+    Result,
+    memory_growth,
+    memory_growth_share,
+    phase_memory,
+    phase_seconds,
+    share_of_each,
+)
 from .w1_model import write_weights
 from .w1_work import PEAK_FLOPS, Shape, overrides
 
@@ -30,7 +39,8 @@ def measure(shape: Shape, model: Path, options: Namespace, console: Console) -> 
 def read(finished: launch.Finished, shape: Shape) -> Result:
     """What the run directory tells. Steps without the first, but for memory, which is of all.
 
-    memory_growth_bytes: what the last step held more than the second.
+    memory_growth_bytes: what the last step held more than the second; memory_growth_share: of the phase's peak, where
+    that is most.
     """
     history, summary = finished.history, finished.summary
     phases = phase_seconds(history, summary)
@@ -40,6 +50,7 @@ def read(finished: launch.Finished, shape: Shape) -> Result:
     memory = phase_memory(history)
     update, reference = shape.update_flops / median["update"], shape.forward_flops / median["annotate"]
     return {
+        "steps": 1 + len(phases["update"]),
         "seconds_per_step": step,
         "phases": {
             name: {"median": median[name], "share": shares[name], "steps": seconds.tolist()}
@@ -55,6 +66,7 @@ def read(finished: launch.Finished, shape: Shape) -> Result:
         "peak_memory_bytes": {kind: max(history.values(name)) for kind, name in MEMORY.items() if history.of(name)},
         "phase_memory_bytes": {name: {"max": max(steps), "steps": steps} for name, steps in memory.items()},
         "memory_growth_bytes": memory_growth(memory),
+        "memory_growth_share": memory_growth_share(memory),
         "mismatch_logprob_abs_diff_mean": max(history.values("mismatch/logprob_abs_diff_mean"), default=None),
     }
 

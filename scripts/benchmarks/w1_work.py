@@ -109,7 +109,7 @@ def overrides(shape: Shape, model: Path, options: Namespace) -> list[str]:
         f"reward.custom_reward_function.path={Path(__file__).with_name('w1_reward.py')}",
         "trainer.n_gpus_per_node=1",
         f"trainer.total_training_steps={options.steps}",
-        "trainer.save_freq=-1",
+        "trainer.save_freq=0",
         "trainer.test_freq=-1",
         "trainer.val_before_train=false",
         "trainer.logger=[console]",

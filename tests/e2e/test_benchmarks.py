@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,9 @@ def test_w1_on_a_cpu(tmp_path: Path) -> None:
     assert set(result["memory_growth_bytes"]) == set(result["phase_memory_bytes"])
     assert all(len(phase["steps"]) == 3 for phase in result["phase_memory_bytes"].values())
     assert result["mismatch_logprob_abs_diff_mean"] < 1e-4
+    run_dir = re.search(r"trainer.default_local_dir=(\S+)", result["run_command"])
+    assert run_dir and (ROOT / run_dir[1] / "metrics.jsonl").is_file()
+    assert not (ROOT / run_dir[1] / "checkpoints").exists(), "90 GB for the 7b shape"
 
 
 def test_w1s_sync_alone(tmp_path: Path) -> None:
@@ -49,7 +53,7 @@ def test_w1s_sync_alone(tmp_path: Path) -> None:
     assert parts["sync"]["median"] < result["seconds"] < 10
     num_parameters = 1024 * 128 + 2 * (4 * 128 * 128 - 2 * 64 * 128 + 256 + 3 * 128 * 256 + 2 * 128) + 128
     assert result["bytes"] == 4 * num_parameters
-    assert result["channel"] == "shared_memory" and result["buckets"] == 1 and result["checksums_agreed"] is True
+    assert result["channel"] == "shared_memory" and result["buckets"] == 1 and result["verified"] is True
 
 
 def test_w1s_generation_alone(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ N = 2
 SAMPLING = SamplingSpec(
     n=N, temperature=1.0, top_p=1.0, top_k=-1, max_tokens=8, ignore_eos=False, stop_token_ids=(), logprobs="none"
 )
+SHARE = 0.4
 Script = dict[int, str]
 
 
@@ -51,6 +52,7 @@ class FakeReplica:
         self._steps = self._tokens = 0
         self._version = -1
         self._asleep: list[str] = []
+        self._calls: list[str] = []
 
     def ping(self) -> int:
         """Up."""
@@ -97,13 +99,15 @@ class FakeReplica:
     def finish_update(self, version: int) -> int:
         """New weights."""
         self._do(f"update {version}")
+        self._calls.append(f"update {version} without {' '.join(self._asleep)}".removesuffix(" without "))
         self._version = version
         return version
 
-    def sleep(self, keep_weights: bool) -> dict[str, int]:
+    def sleep(self, keep_weights: bool = False) -> dict[str, int]:
         """Gives memory back, once."""
         self._do("sleep")
         assert not self._asleep
+        self._calls.append("sleep")
         self._asleep = ["weights", "kv_cache"]
         return {"weights": 300 + self._rank, "kv_cache": 7000 - self._rank}
 
@@ -111,8 +115,13 @@ class FakeReplica:
         """Nothing for one that has it."""
         self._do(tag)
         if tag in self._asleep:
+            self._calls.append(f"wake {tag}")
             self._asleep.remove(tag)
         return 100 * (3 - len(self._asleep)) + self._rank
+
+    def calls(self) -> list[str]:
+        """What became of its memory and its weights."""
+        return self._calls
 
     @ray.method(concurrency_group="control")
     def status(self) -> ReplicaStatus:
@@ -123,21 +132,22 @@ class FakeReplica:
 class FakeRank:
     """What TrainingMemory asks of a TrainWorker."""
 
-    def __init__(self, offloaded: dict[str, int]) -> None:
+    def __init__(self, offloaded: dict[str, int], lacking: int) -> None:
         self._offloaded = offloaded
-        self._asked: list[int] = []
+        self._lacking = lacking
+        self._asked: list[tuple[int, float]] = []
 
-    def make_room(self, num_bytes: int) -> None:
+    def make_room(self, num_bytes: int, share: float) -> None:
         """Notes it."""
-        self._asked.append(num_bytes)
+        self._asked.append((num_bytes, share))
 
-    def asked(self) -> list[int]:
+    def asked(self) -> list[tuple[int, float]]:
         """What room was wanted."""
         return self._asked
 
     def memory_report(self, take: bool) -> MemoryReport:
         """The same each time."""
-        return MemoryReport({"update": 9000, "publish": 150, "save": 1}, self._offloaded, 10_000)
+        return MemoryReport({"update": 9000, "publish": 150, "save": 1}, self._offloaded, 10_000, self._lacking)
 
 
 class FakeScorer:
@@ -177,7 +187,12 @@ class Bench:
         self.readings: list[Reading] = []
         self._step_s, self._copies = step_s, copies
         limits = PoolLimits(
-            timeout_s=40, update_timeout_s=40, startup_timeout_s=40, hang_timeout_s=2, max_replacements=most
+            timeout_s=40,
+            update_timeout_s=40,
+            startup_timeout_s=40,
+            hang_timeout_s=2,
+            max_replacements=most,
+            memory_share=SHARE,
         )
         self.pool = RolloutPool(self._start, len(scripts), limits=limits, observe=self.readings.append)
         self.pool.ready()
@@ -293,12 +308,13 @@ def test_scoring_starts_while_others_generate(bench: Callable[..., Bench], tmp_p
 
 
 def test_training_makes_room_for_what_replicas_take_again(bench: Callable[..., Bench], tmp_path: Path) -> None:
-    """The most that one of them gave back; around a checkpoint only if something of training is offloaded."""
-    ranks = [ray.remote(num_cpus=0)(FakeRank).remote(away) for away in ({}, {"ref_weights": 40})]
-    beside, elsewhere = WorkerGroup("training", ranks[:1]), WorkerGroup("training", ranks[1:])
+    """The most that one of them gave back; around a checkpoint only if something of training is offloaded, or will
+    have to be."""
+    ranks = [ray.remote(num_cpus=0)(FakeRank).remote(*a) for a in (({}, 0), ({"ref_weights": 40}, 0), ({}, 7))]
+    beside, elsewhere, unmade = (WorkerGroup("training", [rank]) for rank in ranks)
     one, log = bench([], []), RolloutLog(tmp_path)
-    for groups, crowded in (([beside], False), ([beside, elsewhere], True)):
-        memory = TrainingMemory(groups, [beside], timeout_s=30)
+    for groups, crowded in (([beside], False), ([beside, unmade], True), ([beside, elsewhere], True)):
+        memory = TrainingMemory(groups, [[beside], []], timeout_s=30)
         source = SyncSource(one.pool, WorkerGroup("reward", []), Phases(), log=log, memory=memory, timeout_s=30, seed=1)
         assert memory.is_crowded() == crowded
         source.sleep()
@@ -307,8 +323,11 @@ def test_training_makes_room_for_what_replicas_take_again(bench: Callable[..., B
         source.wake_cache()
         with source.aside():
             pass
-    assert ray.get(ranks[0].asked.remote()) == [301, 7000] * 3
+    assert ray.get(ranks[0].asked.remote()) == [(301, 0.0), (7000, 0.0)] * 5
     assert ray.get(ranks[1].asked.remote()) == []
+    memory = TrainingMemory([], [[beside], [elsewhere]], timeout_s=30)
+    memory.make_room(5, 0.5, 1)
+    assert ray.get(ranks[1].asked.remote()) == [(5, 0.5)], "beside that replica only"
     one.generate()
     metrics = {name: value for name, value in source.take_metrics().items() if name.startswith("memory/")}
     assert metrics == {
@@ -447,15 +466,60 @@ def test_a_death_between_generation_and_update(bench: Callable[..., Bench], when
     """The new one is brought to where the others are; it has the weights before it generates."""
     one = bench([], [{when: "die"}])
     one.generate()
-    room: list[bool] = []
-    one.pool.make_room = lambda: room.append(True)
+    room: list[tuple[int, float, int, int]] = []
+    one.pool.make_room = lambda num_bytes, share, rank: room.append((num_bytes, share, rank, len(one.started)))
     one.pool.sleep()
     one.pool.wake("weights")
     one.update(2)
     one.pool.wake("kv_cache")
     assert one.started == [0, 1, 1]
-    assert room == [True], "before the new one starts"
+    given_back = 0 if when == "sleep" else 7301
+    assert room == [(given_back, SHARE, 1, 2)], "before the new one starts, two have been"
+    calls = ray.get(one.actors[2].calls.remote())
+    woken = ["sleep", "wake weights", "update 2 without kv_cache", "wake kv_cache"]
+    assert calls == (woken if when != "kv_cache" else ["sleep", "wake weights", "wake kv_cache"])
     assert_complete(one.generate(), 6, version=2)
+
+
+def test_a_new_replica_gets_its_weights_without_a_cache(bench: Callable[..., Bench]) -> None:
+    """Training may need the room of the cache to send them; it makes it again before the cache wakes."""
+    one = bench([], [{1: "die"}])
+    happened: list[object] = []
+    one.pool.make_room = lambda *asked: happened.append(asked)
+
+    def publish(group: WorkerGroup) -> list[int]:
+        happened.append("publish")
+        return group.broadcast(FakeReplica.finish_update, 2).result(30)
+
+    one.pool.update(publish)
+    one.generate()
+    assert happened == ["publish", (0, SHARE, 1), "publish", (6999, 0.0, 1)]
+    expected = ["sleep", "wake weights", "update 2 without kv_cache", "wake kv_cache"]
+    assert ray.get(one.actors[2].calls.remote()) == expected
+
+
+def test_a_replica_lost_in_an_update_wakes_its_cache_with_the_others(bench: Callable[..., Bench]) -> None:
+    one = bench([], [{"update 2": "die"}])
+    one.pool.sleep()
+    one.pool.wake("weights")
+    assert one.update(2) == [2, 2]
+    expected = ["sleep", "wake weights", "update 2 without kv_cache"]
+    assert ray.get(one.actors[2].calls.remote()) == expected
+    one.pool.wake("kv_cache")
+    assert_complete(one.generate(), 6, version=2)
+
+
+def test_a_failed_checkpoint_leaves_the_replicas_awake(bench: Callable[..., Bench], tmp_path: Path) -> None:
+    """And what they took again is no part of a sync."""
+    rank = ray.remote(num_cpus=0)(FakeRank).remote({"ref_weights": 40}, 0)
+    one, log, beside = bench([], []), RolloutLog(tmp_path), WorkerGroup("training", [rank])
+    memory = TrainingMemory([beside], [[beside], [beside]], timeout_s=30)
+    source = SyncSource(one.pool, WorkerGroup("reward", []), Phases(), log=log, memory=memory, timeout_s=30, seed=1)
+    with pytest.raises(OSError, match="disk full"), source.aside():
+        raise OSError("disk full")
+    assert_complete(one.generate(), 6)
+    assert source.take_metrics()["memory/sync_peak_bytes"] == 150, "what a rank says"
+    ray.kill(rank)
 
 
 def test_a_closed_pool_has_no_process_left(bench: Callable[..., Bench]) -> None:

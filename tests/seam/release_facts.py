@@ -212,6 +212,11 @@ def _environment(name: str) -> Callable[[Release], bool]:
     return lambda release: f'"{name}":' in release.text("envs.py")
 
 
+def _counts_what_others_hold(release: Release) -> bool:
+    code = release.code("Worker.determine_available_memory", "v1/worker/gpu_worker.py")
+    return "peak_memory += non_torch_allocations" in code
+
+
 FACTS = (
     Fact("the worker takes an extension", "0.8.0", None, argument("worker_extension_cls"), "worker_extension"),
     Fact("an extension must not take a worker's name", "0.8.0", None, _refuses_collisions),
@@ -246,6 +251,7 @@ FACTS = (
     Fact("kernels are combined by timing them", "0.11.1", None, _combines_kernels, "combo_kernels"),
     Fact("FlashInfer's kernels are chosen by timing them", "0.16.0", None, argument("enable_flashinfer_autotune")),
     Fact("the cache has a size in bytes", "0.10.2", None, argument("kv_cache_memory_bytes")),
+    Fact("others make the cache smaller", "0.7.0", "0.9.1", _counts_what_others_hold, "cache_counts_others"),
     Fact("a CPU's cache has a size in bytes", "0.20.0", None, _reads_cache_bytes, "cpu_cache_bytes"),
     Fact("a CPU needs LD_PRELOAD", "0.18.0", "0.19.0", _refuses_to_start_without_preload, "cpu_wants_preload"),
     Fact("unbound CPU threads are called nobind", "0.11.1", None, _knows_nobind),

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from scripts.benchmarks import floors, launch, w1, w1_step
-from scripts.benchmarks.measure import memory_growth
+from scripts.benchmarks.measure import memory_growth, memory_growth_share
 from scripts.benchmarks.w1_model import random_prompts, save_random_weights, write_inputs, write_weights
 from scripts.benchmarks.w1_rollout import LOGPROBS, WARMUP_TOKENS, Load, speed_up
 from scripts.benchmarks.w1_work import SHAPES, overrides
@@ -136,12 +136,26 @@ def test_memory_is_read_per_phase_and_growth_is_from_the_second_step_on(tmp_path
     assert result["tflops_per_second_update"] == pytest.approx(3 * shape.forward_flops / 0.88 / 1e12)
     assert result["mfu_update"] == pytest.approx(3 * shape.forward_flops / 0.88 / 989e12)
     assert memory_growth({"sync": [5.0]}) == {"sync": 0.0}
+    assert result["memory_growth_share"] == pytest.approx(2 / 90) and result["steps"] == 4
+    assert memory_growth_share({"sync": [1.0, 10.0, 20.0], "update": [90.0, 80.0, 81.0]}) == pytest.approx(0.5)
 
 
 def test_a_run_that_measured_no_memory_has_none(tmp_path: Path) -> None:
     steps = [line(step, generate=1.0, update=1.0, other=0.0) for step in (1, 2)]
     result = w1_step.read(finished(tmp_path, steps), SHAPES["tiny"])
     assert result["phase_memory_bytes"] == result["memory_growth_bytes"] == {}
+    assert result["memory_growth_share"] is None
+
+
+@pytest.mark.parametrize(
+    ("steps", "share", "missed"),
+    [(10, 0.02, True), (10, 0.005, False), (10, None, True), (4, 0.02, False), (5, 0.02, True)],
+)
+def test_memory_may_not_grow(steps: int, share: float | None, missed: bool) -> None:
+    for shape in ("1.5b", "7b"):
+        assert floors.NO_GROWTH in floors.W1["step", shape]
+    result = {"steps": steps, "memory_growth_share": share}
+    assert len(floors.missed(result, [floors.NO_GROWTH])) == missed
 
 
 def test_w1_writes_shows_and_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from workers.engines.residency import Part
-from workers.memory import DeviceMemory, HostMeter, Offload
+from workers.memory import DeviceMemory, HostMeter
 from workers.rollout.vllm.engine import given_back
+from workers.settings import Auto
 from workers.shortage import OutOfMemory
 
 KIB = 1024
@@ -49,19 +50,20 @@ class FakeDevice:
 class World:
     """An actor (weights 40, optimizer 80), a critic (20 and 40) and a reference (20) on one device, in KiB."""
 
-    def __init__(self, total: int, **offload: Offload) -> None:
+    def __init__(self, total: int, **offload: Auto) -> None:
         sizes = {"actor": ((10, 30), (20, 60)), "critic": ((20,), (40,)), "ref": ((5, 15),)}
         self.tensors: dict[str, list[Tensor]] = {}
         self.device = FakeDevice(total)
-        self.memory = DeviceMemory(self.device, spare_bytes=0)
+        self.memory = DeviceMemory(self.device, spare_bytes=0, start_bytes=3 * KIB)
+        self.before: dict[str, list[Tensor]] = {}
         for role, parts in sizes.items():
             named = dict(zip(("weights", "optimizer"), parts, strict=False))
             for name, part in named.items():
                 self.tensors[f"{role}_{name}"] = tensors(*part, seed=len(self.tensors))
+                self.before[f"{role}_{name}"] = [t.clone() for t in self.tensors[f"{role}_{name}"]]
                 self.device.tensors += self.tensors[f"{role}_{name}"]
             when = {name: offload.get(f"{role}_{name}", "auto") for name in named}
             self.memory.add(role, {name: self._part(f"{role}_{name}") for name in named}, when)
-        self.before = {name: [t.clone() for t in found] for name, found in self.tensors.items()}
 
     def _part(self, name: str) -> Part:
         return Part(lambda: self.tensors[name])
@@ -172,6 +174,7 @@ def test_a_use_brings_back_what_it_needs_and_evicts_what_it_does_not() -> None:
 
 def test_parts_that_never_leave_and_parts_that_always_do() -> None:
     world = World(total=220, ref_weights=False, actor_optimizer=True)
+    assert world.away() == {"actor_optimizer": 80}, "before the first use too"
     with world.memory.use("update", "actor", ("weights", "optimizer")):
         assert world.away() == {}
     assert world.away() == {"actor_optimizer": 80}
@@ -197,6 +200,31 @@ def test_the_first_update_finds_room_for_the_state_it_makes() -> None:
         assert device.memory()[0] == 80 * KIB, "two moments of 20 KiB did not fit beside the reference"
 
 
+def test_a_process_that_starts_wants_a_share_of_the_device_at_least() -> None:
+    """220 KiB, of which 200 are held; 3 more for what a process takes besides."""
+    for num_bytes, share, away in ((0, 0.05, 0), (0, 0.1, 5), (40, 0.1, 20 + 20), (40, 0.0, 20), (0, 1.0, 200)):
+        world = World(total=220)
+        world.memory.make_room(num_bytes * KIB, share)
+        assert sum(world.away().values()) == away, (num_bytes, share)
+
+
+def test_optimizer_state_that_a_save_would_make_is_missed_if_there_is_no_room() -> None:
+    """20 KiB of weights, of a trained role and of a frozen one."""
+    device, weights, state = FakeDevice(100), tensors(20), list[Tensor]()
+    device.tensors = [*weights]
+    memory = DeviceMemory(device, spare_bytes=0)
+    memory.add("ref", {"weights": Part(lambda: weights)}, {"weights": "auto"})
+    device.others = 80
+    assert memory.report(take=False).lacking_bytes == 0
+    parts = {"weights": Part(lambda: weights), "optimizer": Part(lambda: state)}
+    memory.add("actor", parts, {"weights": "auto", "optimizer": "auto"})
+    for others, lacking in ((0, 0), (40, 0), (41, 1), (80, 40)):
+        device.others = others
+        assert memory.report(take=False).lacking_bytes == lacking * KIB
+    state += tensors(40)
+    assert memory.report(take=False).lacking_bytes == 0, "it was made"
+
+
 def test_peaks_are_kept_by_call() -> None:
     world = World(total=300)
     for peak in (5, 7, 6):
@@ -215,7 +243,6 @@ def test_peaks_are_kept_by_call() -> None:
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), "2.00 GiB"),
         (RuntimeError("CUDA Error: out of memory at cumem_allocator.cpp:62"), ""),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 80 bytes."), "80 bytes"),
     ],
 )
 def test_out_of_memory_has_figures_whoever_says_it(error: Exception, asked: str) -> None:
@@ -225,6 +252,26 @@ def test_out_of_memory_has_figures_whoever_says_it(error: Exception, asked: str)
     shortage = caught.value.shortage
     assert (shortage.call, shortage.role, shortage.asked) == ("update", "actor", asked)
     assert (shortage.free_bytes, shortage.total_bytes) == (100 * KIB, 300 * KIB)
+
+
+def test_a_host_that_has_no_room_for_what_leaves_the_device_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When room is made for a replica, and after a use."""
+
+    def full(part: Part, num_bytes: int) -> int:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 80 bytes.")
+
+    world = World(total=300, ref_weights=True)
+    monkeypatch.setattr(Part, "evict", full)
+    with pytest.raises(OutOfMemory) as making_room:
+        world.memory.make_room(300 * KIB)
+    with pytest.raises(OutOfMemory) as after_use, world.memory.use("forward", "ref", ("weights",)):
+        pass
+    calls = [(error.value.shortage.call, error.value.shortage.role) for error in (making_room, after_use)]
+    assert calls == [("make_room", ""), ("forward", "ref")]
+    for error in (making_room, after_use):
+        shortage = error.value.shortage
+        assert (shortage.where, shortage.asked) == ("host", "80 bytes")
+        assert shortage.total_bytes == HostMeter().memory()[1]
 
 
 def test_other_errors_pass() -> None:
@@ -240,7 +287,9 @@ def test_a_cpu_has_readings_too() -> None:
 
 def test_what_a_sleeping_replica_gave_back() -> None:
     """(free, parameters) of each worker; a CPU's are zeros, and what others took meanwhile is no gift."""
-    assert given_back([[10, 30], [10, 30]], [[100, 30], [120, 30]]) == {"weights": 30, "kv_cache": 80}
-    assert given_back([[0, 0]], [[0, 0]]) == {"weights": 0, "kv_cache": 0}
-    assert given_back([[10, 30]], [[25, 30]]) == {"weights": 15, "kv_cache": 0}
-    assert given_back([[10, 30]], [[5, 30]]) == {"weights": 0, "kv_cache": 0}
+    two = [[10, 30], [10, 30]], [[100, 30], [120, 30]]
+    assert given_back(*two, by_tag=True) == {"weights": 30, "kv_cache": 80}
+    assert given_back(*two, by_tag=False) == {"weights": 110, "kv_cache": 0}, "all wakes with the weights"
+    assert given_back([[0, 0]], [[0, 0]], by_tag=True) == {"weights": 0, "kv_cache": 0}
+    assert given_back([[10, 30]], [[25, 30]], by_tag=True) == {"weights": 15, "kv_cache": 0}
+    assert given_back([[10, 30]], [[5, 30]], by_tag=True) == {"weights": 0, "kv_cache": 0}

@@ -146,3 +146,28 @@ def test_installed_kernels_are_used_if_they_agree(
     monkeypatch.setattr(flash.importlib.util, "find_spec", lambda name: name)
     assert flash.use_installed(Kernels(forward, exchanged)) is expected
     assert bool(active) is expected
+
+
+def test_a_broken_installation_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built for another PyTorch, say: it is found, and cannot be imported."""
+
+    def activate(name: str) -> None:
+        raise ImportError("undefined symbol")
+
+    restored: list[bool] = []
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate, raising=False)
+    monkeypatch.setattr(
+        torch.nn.attention, "restore_flash_attention_impl", lambda: restored.append(True), raising=False
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(flash.importlib.util, "find_spec", lambda name: name)
+    assert not flash.use_installed(KERNELS)
+    assert restored
+
+
+@pytest.mark.parametrize("size", [260, 12])
+def test_heads_that_flash_attention_does_not_take_are_refused(size: int) -> None:
+    segments, rows = segments_of([(3, [2])], share_prompt=True)
+    heads = torch.zeros(rows, 2, size, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match=rf"these have {size}: compute in float32"):
+        flash_attention(heads, heads, heads, flash_layout(segments), SCALE)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from trainer import placement
+from trainer.config.errors import UserError
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.placement import Cluster, connect, device_type
@@ -108,3 +109,24 @@ def test_without_gloo_nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement.dist, "is_gloo_available", lambda: False)
     with pytest.raises(ValueError, match=r"PyTorch .* is built without gloo, .* install an ordinary build"):
         placement.check_gloo()
+
+
+@pytest.mark.parametrize("role", ["actor_rollout_ref.ref", "critic"])
+@pytest.mark.parametrize(
+    ("actor", "other", "refused"),
+    [("0-3", "0-3", False), ("0-3", "4-7", False), ("0-3", "2-5", True), ("0-7", "0", True), ("null", "0-3", True)],
+)
+def test_training_roles_share_all_of_their_gpus_or_none(
+    role: str, actor: str, other: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups of unequal devices are processes of their own, which cannot evict what another of them holds."""
+    settings = [f"actor_rollout_ref.actor.device_mapping={actor}", f"{role}.device_mapping={other}"]
+    settings += ["actor_rollout_ref.actor.use_kl_loss=true"] if role.endswith("ref") else ["critic.enable=true"]
+    monkeypatch.setattr(placement.ray, "nodes", lambda: nodes({"CPU": 1.0, "GPU": 0.0}))
+    for device in ("cuda", "cpu"):
+        cfg = config(*settings, f"trainer.device={device}", "trainer.n_gpus_per_node=8")
+        with pytest.raises(UserError if refused and device == "cuda" else ValueError) as error:
+            placement.reserve(cfg)
+        is_overlap = f"{role}.device_mapping=[" in str(error.value)
+        assert is_overlap == (refused and device == "cuda")
+        assert not is_overlap or "set both the same" in str(error.value)

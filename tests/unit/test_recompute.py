@@ -42,18 +42,18 @@ def test_as_few_as_fit(num_layers: int, whole: float, share: float, tokens: int,
 def test_settings_on_a_cpu(setting: bool, expected: int) -> None:
     """Without a reading of memory nothing is planned: "auto" keeps all."""
     layers = [Layer() for _ in range(3)]
-    recompute = Recompute(layers, setting, CPU)
+    recompute = Recompute(layers, setting, CPU, 2)
     assert recompute.num_recomputed == sum(layer.gradient_checkpointing for layer in layers) == expected
     assert not recompute.needs_measuring
     assert free_bytes(CPU) is None
 
 
 def test_layers_without_the_switch_are_left_alone() -> None:
-    recompute = Recompute([nn.Linear(2, 2)], True, CPU)
+    recompute = Recompute([nn.Linear(2, 2)], True, CPU, 2)
     assert recompute.num_layers == 0
 
 
 def test_estimate_counts_both_sides_of_matrix_products() -> None:
     layer = nn.Sequential(nn.Linear(4, 6), nn.SiLU(), nn.Linear(6, 4, bias=False))
-    assert estimate([layer, layer]) == LayerBytes(2 * (10 + 10), 0)
-    assert estimate([]) == LayerBytes(0, 0)
+    assert estimate([layer, layer], 2) == LayerBytes(2 * (10 + 10), 0)
+    assert estimate([], 2) == LayerBytes(0, 0)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from workers.sync.buckets import Bucket, BucketReader, BucketWriter, Shard
 from workers.sync.checksum import checksum
+from workers.sync.memory import DeviceBuffer
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = ((7, 4), (3,), (1, 5), (2, 3, 2), (11,), (4, 4))
@@ -218,3 +219,21 @@ def test_buckets_carry_the_checksum_of_what_was_sent() -> None:
             buckets += [publisher.write(shards, number) for number in range(publisher.num_buckets(shards))]
         assert sum(b.checksum for b in buckets) % (1 << 64) == total([t.bfloat16() for t in whole.values()])
         assert sum(b.num_bytes for b in buckets) == 2 * sum(t.numel() for t in whole.values())
+
+
+def test_a_bucket_allocates_what_its_buffer_lacks() -> None:
+    """Ten float32 a bucket, but for a parameter of 30; two buffers in turn, of a device whose memory is the host's."""
+    shards = [(f"p{i}", torch.zeros(size), (size,), 0) for i, size in enumerate((10, 10, 10, 30, 6))]
+    assert [BucketWriter("float32", 40).missing_bytes(shards, n) for n in range(5)] == [0] * 5, "shared files need none"
+    writer = BucketWriter("float32", 40)
+    buffers = [DeviceBuffer.__new__(DeviceBuffer) for _ in range(2)]
+    for buffer in buffers:
+        buffer._memory = torch.empty(0, dtype=torch.uint8)
+    writer._buffers = tuple(buffers)
+    missing: list[int] = []
+    for sync in range(2):
+        for number in range(5):
+            missing.append(writer.missing_bytes(shards, number))
+            if missing[-1]:
+                buffers[number % 2]._memory = torch.empty(missing[-1], dtype=torch.uint8)
+        assert missing == [40, 40, 0, 120, 0] + [0] * 5 * sync, "a buffer that grows is a new one beside the old"

@@ -206,3 +206,11 @@ def test_memory_is_told_when_it_is_news() -> None:
     assert told == "memory, GiB: generate 74.1, update 98.7 of 139.8; offloaded: ref weights 2.9"
     assert line.step(first | {"memory/update_peak_bytes": 104 * gib}) is not None
     assert MemoryLine().step({"reward/mean": 0.5}) is None
+
+
+def test_memory_that_goes_up_and_down_is_told_once() -> None:
+    line, peaks = MemoryLine(), [float(gib << 30) for gib in (100, 50, 100, 104, 106)]
+    told = [line.step({"memory/update_peak_bytes": peak}) is not None for peak in peaks]
+    assert told == [True, False, False, False, True]
+    told = [line.step({"memory/update_peak_bytes": 50.0, f"memory/offloaded_bytes/{p}": 1.0}) for p in "ab"]
+    assert None not in told and line.step({"memory/update_peak_bytes": 106.0 * (1 << 30)}) is None

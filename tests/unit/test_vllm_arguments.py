@@ -260,6 +260,30 @@ def test_a_gpu_decides_nothing_by_measuring() -> None:
         assert not set(ENVIRONMENT) & set(plan(other).environment)
 
 
+COMBINED = {"inductor_compile_config": {"combo_kernels": True, "benchmark_combo_kernel": False}}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "remedy"),
+    [
+        ({"async_scheduling": True}, "or set async_scheduling=false"),
+        ({"compilation_config": 3}, "compilation_config.inductor_compile_config.benchmark_combo_kernel=false"),
+        ({"compilation_config": {"cudagraph_mode": "FULL"}}, "inductor_compile_config.combo_kernels=true and "),
+        ({"async_scheduling": False, "compilation_config": {"cudagraph_mode": "FULL"} | COMBINED}, None),
+    ],
+)
+def test_determinism_is_not_undone_by_what_is_passed_through(kwargs: dict[str, Any], remedy: str | None) -> None:
+    can = replace(NEW, schedules_by_time=True, engine_arguments=NEW.engine_arguments | {"compilation_config"})
+    spec = replace(SPEC, deterministic=True, kv_cache_gb=2.0, engine_kwargs=kwargs)
+    assert plan(replace(spec, deterministic=False), can).problems == ()
+    problems = plan(spec, can).problems
+    assert len(problems) == (remedy is not None)
+    for problem in problems:
+        (name, value), *_ = kwargs.items()
+        assert problem.startswith(f"{ROLLOUT}.engine_kwargs.vllm.{name}={value}: with trainer.full_determinism=true")
+        assert remedy is not None and remedy in problem
+
+
 def test_a_measured_cache_is_said_to_weaken_determinism() -> None:
     spec = replace(SPEC, deterministic=True)
     (notice,) = plan(spec).notices

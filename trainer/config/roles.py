@@ -19,6 +19,7 @@ from trainer.config.schema import (
     RefMegatronConfig,
     Strategy,
 )
+from workers.settings import Auto
 
 RoleName = Literal["actor", "ref", "critic"]
 
@@ -50,9 +51,9 @@ class TrainingRole:
         return megatron.tensor_model_parallel_size * megatron.pipeline_model_parallel_size if megatron else 1
 
     @property
-    def offloads(self) -> dict[str, bool | Literal["auto"]]:
+    def offloads(self) -> dict[str, Auto]:
         """Key of the engine's section -> when that part of the model leaves the device."""
-        found = {"param_offload": self.engine.param_offload}
+        found: dict[str, Auto] = {"param_offload": self.engine.param_offload}
         if isinstance(self.engine, FsdpConfig | MegatronConfig):
             found["optimizer_offload"] = self.engine.optimizer_offload
         return found

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from workers.settings import Auto
+
 
 def _minus_one_or_positive(value: int) -> int:
     if value != -1 and value < 1:
@@ -50,7 +52,6 @@ Files = Annotated[tuple[LocalPath, ...], BeforeValidator(_one_or_many), Field(mi
 DeviceMapping = Annotated[str | list[int] | None, BeforeValidator(_rank_as_text)]
 """Global device ranks, read by `devices.parse_device_mapping`; None: every device."""
 
-Auto = bool | Literal["auto"]
 LossAggMode = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 KlKind = Literal["k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl"]
 ComputeDtype = Literal["bfloat16", "float32"]
@@ -335,7 +336,7 @@ class TrainerConfig(Section):
     device: Literal["auto", "cuda", "cpu"]
     val_before_train: bool
     test_freq: MinusOneOrPositive
-    save_freq: MinusOneOrPositive
+    save_freq: Annotated[int, Field(ge=-1)]
     max_actor_ckpt_to_keep: Positive | None
     resume_mode: Literal["auto", "disable", "resume_path"]
     resume_from_path: LocalPath | None

@@ -45,6 +45,33 @@ def role_devices(value: DeviceMapping, key: str, *, num_devices: int) -> tuple[i
     return ranks
 
 
+def training_devices(cfg: Config, *, num_devices: int) -> dict[str, tuple[int, ...]]:
+    """The global device ranks of each training role of the run: "actor", "ref", "critic"."""
+    return {
+        role.name: role_devices(role.config.device_mapping, f"{role.key}.device_mapping", num_devices=num_devices)
+        for role in training_roles(cfg)
+    }
+
+
+def check_shared_devices(cfg: Config) -> None:
+    """Roles share a device's memory inside one process, which roles have together only where all devices are the same.
+
+    Raises UserError where two training roles share some of their devices only; on a CPU that does no harm.
+    """
+    devices = training_devices(cfg, num_devices=cfg.num_devices)
+    seen: dict[str, tuple[int, ...]] = {}
+    for role in training_roles(cfg):
+        ranks = devices[role.name]
+        for other, theirs in seen.items():
+            if ranks != theirs and set(ranks) & set(theirs):
+                raise UserError(
+                    f"{role.key}.device_mapping={show(list(ranks))}: shares some devices, not all, with "
+                    f"{other}.device_mapping={show(list(theirs))}, and neither could make room for the other on a GPU; "
+                    "set both the same, or without a common device"
+                )
+        seen[role.key] = ranks
+
+
 def _batch_sizes(cfg: Config) -> Iterator[str]:
     batch = cfg.data.train_batch_size
     key = f"{ACTOR}.ppo_mini_batch_size"

@@ -12,7 +12,8 @@ _OFFLOADED = "memory/offloaded_bytes/"
 
 
 class MemoryLine:
-    """Remembers what was shown, and speaks again when a phase needs over 5 % more, or something else is offloaded."""
+    """Remembers the most that was shown, and speaks again when a phase needs over 5 % more than that, or something else
+    is offloaded."""
 
     def __init__(self) -> None:
         self._shown: dict[str, float] = {}
@@ -25,7 +26,7 @@ class MemoryLine:
         has_grown = any(size > _GROWTH * self._shown.get(phase, 0.0) for phase, size in peaks.items())
         if not has_grown and offloaded.keys() <= self._offloaded:
             return None
-        self._shown |= peaks
+        self._shown |= {phase: max(size, self._shown.get(phase, 0.0)) for phase, size in peaks.items()}
         self._offloaded |= offloaded.keys()
         of = f" of {_gib(total)}" if (total := numbers.get("memory/device_bytes")) else ""
         line = f"memory, GiB: {', '.join(f'{phase} {_gib(size)}' for phase, size in peaks.items())}{of}"

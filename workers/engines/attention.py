@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workers.batch import Segments
-from workers.engines.flash import FlashLayout, flash_attention, flash_layout, use_installed
+from workers.engines.flash import FlashLayout, flash_attention, flash_layout
 
 ATTENTION_NAME = "tandem_packed"
 BUCKET_WASTE = 1.25
@@ -106,11 +106,9 @@ def _check_kind(
 
 
 def register() -> None:
-    """Makes the attention known to transformers, and takes the fastest kernels there are (idempotent)."""
+    """Makes the attention known to transformers (idempotent)."""
     from transformers import AttentionInterface
 
-    if torch.cuda.is_available():
-        use_installed()
     AttentionInterface.register(ATTENTION_NAME, hf_attention)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from workers.batch import Batch, MicroBatch
 from workers.engines.residency import Part
 from workers.normalizers import Normalizers
+from workers.settings import Auto
 from workers.sync.buckets import Shard
 
 Loss = Callable[[Tensor, Tensor | None, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
@@ -50,7 +51,7 @@ class ShardSpec:
 
     dtype: str
     master_dtype: str
-    reshard_after_forward: bool | Literal["auto"]
+    reshard_after_forward: Auto
     wrap_min_num_params: int
 
 
@@ -95,7 +96,7 @@ class EngineSpec:
     head: Literal["logprobs", "values"]
     sharding: ShardSpec
     optimizer: OptimizerSpec | None
-    gradient_checkpointing: bool | Literal["auto"]
+    gradient_checkpointing: Auto
     share_prompt: bool
     compile: bool = False
     trust_remote_code: bool = False

@@ -92,7 +92,16 @@ def flash_layout(segments: Segments) -> FlashLayout:
 def flash_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: FlashLayout, scale: float, kernels: Kernels | None = None
 ) -> Tensor:
-    """query: [rows, heads, dim]; key, value: [rows, kv_heads, dim]. Returns [rows, heads, dim]. kernels: PyTorch's."""
+    """query: [rows, heads, dim]; key, value: [rows, kv_heads, dim]. Returns [rows, heads, dim]. kernels: PyTorch's.
+
+    Raises RuntimeError for a head that flash attention does not take.
+    """
+    if kernels is None and (query.shape[-1] > 256 or query.shape[-1] % 8 or query.shape[-1] != value.shape[-1]):
+        sizes = " and ".join(map(str, sorted({query.shape[-1], value.shape[-1]})))
+        raise RuntimeError(
+            f"flash attention takes heads of one size, at most 256 and a multiple of 8; these have {sizes}: compute in "
+            "float32 (fsdp_config.dtype)"
+        )
     out: Tensor = _Attention.apply(query, key, value, layout, scale, kernels or TORCH)  # type: ignore[no-untyped-call]
     return out
 
@@ -104,6 +113,8 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         out, lse = kernels.forward(query, key, value, layout.own, layout.own, True, scale)
         if (shared := layout.shared) is not None:
+            if lse.ndim != 2:
+                raise RuntimeError("this PyTorch's flash attention pads its normalisers: set share_prompt=false")
             keys, values = key.index_select(0, shared.rows), value.index_select(0, shared.rows)
             more = kernels.forward(query, keys, values, shared.queries, shared.keys, False, scale)
             merge = _merge(query.device.type)
@@ -211,8 +222,8 @@ def use_installed(kernels: Kernels = TORCH) -> bool:
         torch.nn.attention.activate_flash_attention_impl("FA3")
         if all(_is_close(got, right) for got, right in zip(_sample(kernels), expected, strict=True)):
             return True
-    except RuntimeError:
-        pass  # an installation without a backward pass, or for another GPU
+    except (ImportError, OSError, RuntimeError):
+        pass  # an installation for another PyTorch or GPU, or without a backward pass
     torch.nn.attention.restore_flash_attention_impl()
     return False
 

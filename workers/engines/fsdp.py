@@ -23,10 +23,11 @@ from transformers import PreTrainedModel
 from workers.batch import Batch, MicroBatch
 from workers.engines.attention import prepare
 from workers.engines.base import EngineSpec, Loss, MicroBatches, StepResult, Update
+from workers.engines.flash import use_installed
 from workers.engines.logprobs import CHUNK_BYTES
 from workers.engines.models import LogprobModel, ValueModel, compile_layers, decoder_layers, load_model
 from workers.engines.optimizer import begin_state, learning_rate, make_optimizer, moments
-from workers.engines.recompute import WORKING_LAYERS, Recompute, estimate, free_bytes, largest
+from workers.engines.recompute import Recompute, free_bytes, largest
 from workers.engines.reduction import reduce_metrics, spread
 from workers.engines.residency import Part, local_of
 from workers.normalizers import Normalizers
@@ -48,16 +49,23 @@ class FSDPEngine:
         self._device = device
         self._group = mesh.get_group()
         model = model or load(spec)
+        if device.type == "cuda":
+            use_installed()
         if spec.compile:
             compile_layers(model)
-        self._layers = decoder_layers(model)
         setting = spec.gradient_checkpointing if spec.optimizer else False
-        self._recompute = Recompute(self._layers, setting, device)
+        itemsize = getattr(torch, spec.sharding.dtype).itemsize
+        self._recompute = Recompute(decoder_layers(model), setting, device, itemsize)
         self._module = _shard(model, spec, mesh)
         self._optimizer = make_optimizer(self._module, spec.optimizer) if spec.optimizer else None
         self._num_updates = 0
         self._stays_gathered = False
         weights = [local_of(p) for p in self._module.parameters()]
+        self._shard_bytes = sum(w.nbytes for w in weights)
+        self._shard_elements = sum(w.numel() for w in weights)
+        self._num_elements = sum(p.numel() for p in self._module.parameters())
+        in_layers = sum(p.numel() for layer in decoder_layers(self._module) for p in layer.parameters())
+        self._num_root_elements = self._num_elements - in_layers
         self.parts = {"weights": Part(lambda: weights)}
         if self._optimizer is not None:
             self.parts["optimizer"] = Part(partial(moments, self._optimizer))
@@ -65,11 +73,15 @@ class FSDPEngine:
     def forward(self, batch: Batch, micro_batches: MicroBatches, *, temperature: float) -> Tensor:
         """Log-probs or values of every response token, float32 [batch.num_tokens] on the host."""
         result = torch.zeros(batch.num_tokens, dtype=torch.float32)
-        with torch.no_grad():
-            for rows in micro_batches:
-                micro = self._pack(batch, rows, _NO_NORM)
-                outputs, _ = self._run(micro, temperature, entropy=False)
-                result[torch.from_numpy(batch.token_index(rows))] = outputs.cpu()
+        try:
+            with torch.no_grad():
+                for rows in micro_batches:
+                    micro = self._pack(batch, rows, _NO_NORM)
+                    outputs, _ = self._run(micro, temperature, entropy=False)
+                    result[torch.from_numpy(batch.token_index(rows))] = outputs.cpu()
+        finally:
+            for part in _sharded_parts(self._module):  # no backward pass follows that would
+                part.reshard()
         return result
 
     def train_step(self, batch: Batch, update: Update, loss: Loss, *, temperature: float, entropy: bool) -> StepResult:
@@ -100,16 +112,18 @@ class FSDPEngine:
         return StepResult(reduce_metrics(metrics, self._group), grad_norm, lr, skipped)
 
     def update_wants(self, batch: Batch, update: Update) -> int:
-        """Bytes an optimizer step wants to find free besides weights and optimizer state, to recompute nothing."""
+        """Bytes an optimizer step wants to find free besides weights and optimizer state, to recompute nothing.
+
+        Parameters that stay gathered are not among them.
+        """
         tokens = [batch.packed_tokens(rows, share_prompt=self._spec.share_prompt) for rows in update.micro_batches]
-        layer = self._recompute.layer_bytes or estimate(self._layers)
-        activations = max(tokens, default=0) * layer.whole * (len(self._layers) + WORKING_LAYERS)
-        return int(activations) + self._gradient_bytes(len(tokens)) + self._logits_bytes()
+        activations = self._recompute.whole_bytes(max(tokens, default=0))
+        return int(activations) + self._gradient_bytes(len(tokens)) + self._root_bytes()
 
     def forward_wants(self, batch: Batch, micro_batches: MicroBatches) -> int:
         """Bytes a forward pass wants to find free besides the weights."""
         tokens = [batch.packed_tokens(rows, share_prompt=self._spec.share_prompt) for rows in micro_batches]
-        return int(max(tokens, default=0) * estimate(self._layers).whole * WORKING_LAYERS) + self._logits_bytes()
+        return int(self._recompute.working_bytes(max(tokens, default=0))) + self._root_bytes()
 
     def export_weights(self) -> Iterator[Shard]:
         """This rank's rows of every parameter under its Hugging Face name; dim 0 is what FSDP2 shards."""
@@ -165,47 +179,55 @@ class FSDPEngine:
         free = free_bytes(self._device)
         if free is None:
             return
-        room = free - self._logits_bytes() - self._missing_state_bytes()
+        gathered = self._num_elements * getattr(torch, self._spec.sharding.dtype).itemsize
+        room = free - self._root_bytes() - self._missing_state_bytes()
         room -= 0 if begun else self._gradient_bytes(num_micro_batches)
+        room -= (
+            gathered if self._spec.sharding.reshard_after_forward is False or (self._stays_gathered and begun) else 0
+        )
         self._recompute.fit(tokens, room, self._group)
-        layer = self._recompute.layer_bytes
-        if self._spec.sharding.reshard_after_forward != "auto" or layer is None:
-            return
-        whole = tokens * layer.whole * (len(self._layers) + WORKING_LAYERS)
-        lacks = whole + _num_elements(self._module) * getattr(torch, self._spec.sharding.dtype).itemsize > room
-        self._stays_gathered = not largest([float(lacks)], self._group)[0]
-        for part in self._module.model.modules():  # the root's own stay gathered anyway
-            if isinstance(part, FSDPModule):
-                part.set_reshard_after_forward(not self._stays_gathered, recurse=False)
+        if self._can_stay_gathered and not self._recompute.needs_measuring:
+            lacks = self._recompute.activation_bytes(tokens) + gathered > room
+            self._keep_gathered(not largest([float(lacks)], self._group)[0])
+
+    def _keep_gathered(self, keep: bool) -> None:
+        """Whether parameters stay gathered until the last micro-batch of an optimizer step is done."""
+        self._stays_gathered = keep
+        for part in _sharded_parts(self._module):
+            if part is not self._module:  # the root's own are needed again at once, by the backward pass
+                part.set_reshard_after_forward(not keep, recurse=False)
+
+    @property
+    def _can_stay_gathered(self) -> bool:
+        """PyTorch 2.8 and later can change it."""
+        return self._spec.sharding.reshard_after_forward == "auto" and hasattr(FSDPModule, "set_reshard_after_forward")
 
     @contextmanager
     def _measured(self, tokens: int, most_tokens: int, num_micro_batches: int) -> Iterator[None]:
-        """Around the forward and backward pass of one micro-batch of so many tokens."""
+        """Around the forward and backward pass of one micro-batch of so many tokens; of `most_tokens` at most."""
         if not self._recompute.needs_measuring:
             yield
             return
-        with self._recompute.measure(tokens, self._group):
+        with self._recompute.measure(tokens, most_tokens, self._group):
             yield
         self._fit(most_tokens, num_micro_batches, begun=True)
 
     def _gradient_bytes(self, num_micro_batches: int) -> int:
         """Float32; of the whole parameters while micro-batches add up, of this rank's rows at the end."""
-        if num_micro_batches > 1:
-            return 4 * _num_elements(self._module)
-        return 4 * sum(local.numel() for _, local, *_ in self.export_weights())
+        return 4 * (self._num_elements if num_micro_batches > 1 else self._shard_elements)
 
     def _missing_state_bytes(self) -> int:
         """Of the optimizer's state that the first step makes."""
-        if self._optimizer is None or self._optimizer.state:
-            return 0
-        return 2 * sum(local.numel() * local.element_size() for _, local, *_ in self.export_weights())
+        return 0 if self._optimizer is None or self._optimizer.state else 2 * self._shard_bytes
 
-    def _logits_bytes(self) -> int:
-        """What log-probs take: chunks of logits, and the gradient of the output layer."""
+    def _root_bytes(self) -> int:
+        """What is outside the layers: their parameters, gathered; of log-probs, chunks of logits and the gradient of
+        the output layer."""
+        gathered = self._num_root_elements * int(getattr(torch, self._spec.sharding.dtype).itemsize)
         if self._spec.head != "logprobs":
-            return 0
+            return gathered
         weight: Tensor = self._pretrained.get_output_embeddings().weight
-        return 3 * CHUNK_BYTES[self._device.type] + 6 * weight.numel()
+        return gathered + 3 * CHUNK_BYTES[self._device.type] + 6 * weight.numel()
 
     @property
     def _pretrained(self) -> PreTrainedModel:
@@ -246,17 +268,16 @@ def _shard(module: nn.Module, spec: EngineSpec, mesh: DeviceMesh) -> _ShardedMod
     for layer in decoder_layers(module):
         if sum(p.numel() for p in layer.parameters()) >= spec.sharding.wrap_min_num_params:
             fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    root = fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    for part in module.modules():  # the module itself: fully_shard changes it in place
-        if isinstance(part, FSDPModule):
-            part.set_force_sum_reduction_for_comms(True)
-            part.set_gradient_divide_factor(1.0)
+    root = fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # backward begins with it
+    for part in _sharded_parts(module):  # the module itself: fully_shard changes it in place
+        part.set_force_sum_reduction_for_comms(True)
+        part.set_gradient_divide_factor(1.0)
     return root  # type: ignore[return-value]
 
 
-def _num_elements(module: nn.Module) -> int:
-    """Of all parameters, whole."""
-    return sum(p.numel() for p in module.parameters())
+def _sharded_parts(module: nn.Module) -> list[FSDPModule]:
+    """Every module that gathers parameters of its own, the root first."""
+    return [part for part in module.modules() if isinstance(part, FSDPModule)]
 
 
 def _hf_name(name: str) -> str:

@@ -105,7 +105,8 @@ def _rotate_rows_first(modules: Iterable[str]) -> None:
         rotate = getattr(module, "apply_rotary_pos_emb", None)
         if rotate is None or hasattr(rotate, "rows_first"):
             continue
-        if "unsqueeze_dim" in inspect.signature(rotate).parameters:
+        parameters = list(inspect.signature(rotate).parameters)
+        if parameters[:4] == ["q", "k", "cos", "sin"] and "unsqueeze_dim" in parameters:
             module.apply_rotary_pos_emb = _rows_first(rotate)  # type: ignore[attr-defined]
 
 

@@ -10,20 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-Setting = bool | Literal["auto"]
+from workers.settings import Auto
 
 MARGIN = 0.03
 """Share of the device's memory that plans leave free: fragments, what libraries allocate for themselves."""
 WORKING_LAYERS = 2.0
 """What the backward pass of one layer needs besides, in activations of one layer."""
-MIN_TOKENS = 64
-"""Fewer tokens tell nothing about memory per token."""
+MIN_SHARE = 0.25
+"""A micro-batch with fewer tokens than this share of the largest tells too little about memory per token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +42,13 @@ def num_recomputed(num_layers: int, layer: LayerBytes, tokens: int, room: float)
     return num_layers if saved <= 0 else min(num_layers, int(-(-(spent - room) // saved)))
 
 
-def estimate(layers: Sequence[nn.Module]) -> LayerBytes:
-    """Before it was measured: what goes into the matrix products of a layer and comes out of them, in bfloat16."""
+def estimate(layers: Sequence[nn.Module], itemsize: int) -> LayerBytes:
+    """Before it was measured: what goes into the matrix products of a layer and comes out of them.
+
+    itemsize: of the compute dtype, bytes.
+    """
     products = [part for part in layers[0].modules() if isinstance(part, nn.Linear)] if layers else []
-    return LayerBytes(2.0 * sum(part.in_features + part.out_features for part in products), 0.0)
+    return LayerBytes(float(itemsize * sum(part.in_features + part.out_features for part in products)), 0.0)
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -61,13 +63,16 @@ def free_bytes(device: torch.device) -> int | None:
 class Recompute:
     """Which layers of one model recompute their activations: the first so many.
 
-    layers: the decoder's, in order. setting: True: all, False: none, "auto": as many as have to.
+    layers: the decoder's, in order. setting: True: all, False: none, "auto": as many as have to. itemsize: of the
+    compute dtype, bytes.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], setting: Setting, device: torch.device) -> None:
+    def __init__(self, layers: Sequence[nn.Module], setting: Auto, device: torch.device, itemsize: int) -> None:
         self._layers = [layer for layer in layers if hasattr(layer, "gradient_checkpointing")]
-        self._is_planned = setting == "auto" and device.type == "cuda"
+        self._is_planned = setting == "auto" and free_bytes(device) is not None
         self.layer_bytes: LayerBytes | None = None
+        self._estimated = estimate(layers, itemsize)
+        self._depth = len(layers)
         self.num_recomputed = 0
         self._recompute(len(self._layers) if setting is True else 0)
 
@@ -81,6 +86,19 @@ class Recompute:
         """Whether the next micro-batch must be one that `measure` watches."""
         return self._is_planned and self.layer_bytes is None and len(self._layers) > 1
 
+    def whole_bytes(self, tokens: int) -> float:
+        """Activations of a micro-batch of so many tokens if nothing is recomputed."""
+        return tokens * (self._depth + WORKING_LAYERS) * (self.layer_bytes or self._estimated).whole
+
+    def activation_bytes(self, tokens: int) -> float:
+        """The same with what is recomputed now."""
+        layer = self.layer_bytes or self._estimated
+        return self.whole_bytes(tokens) - tokens * self.num_recomputed * (layer.whole - layer.input_only)
+
+    def working_bytes(self, tokens: int) -> float:
+        """Of the layer at work."""
+        return tokens * WORKING_LAYERS * (self.layer_bytes or self._estimated).whole
+
     def fit(self, tokens: int, room: float, group: dist.ProcessGroup) -> None:
         """Plans for micro-batches of at most `tokens` tokens; collective. room: bytes for activations, on this rank."""
         if self._is_planned and self.layer_bytes is not None:
@@ -88,8 +106,11 @@ class Recompute:
             self._recompute(int(largest([wanted], group)[0]))
 
     @contextmanager
-    def measure(self, tokens: int, group: dist.ProcessGroup) -> Iterator[None]:
-        """Around one micro-batch of so many tokens, forward and backward; collective."""
+    def measure(self, tokens: int, most_tokens: int, group: dist.ProcessGroup) -> Iterator[None]:
+        """Around one micro-batch of so many tokens, forward and backward; collective. most_tokens: of the largest.
+
+        A reading that cannot be right is not kept, and the next micro-batch is measured again.
+        """
         self._recompute(len(self._layers))
         self._layers[1].gradient_checkpointing = False  # type: ignore[assignment]
         found = [0.0, 0.0]
@@ -99,7 +120,8 @@ class Recompute:
         finally:
             for hook in hooks:
                 hook.remove()
-        thin, whole = largest([x / tokens if tokens >= MIN_TOKENS else 0.0 for x in found], group)
+        tells = tokens >= MIN_SHARE * most_tokens and found[0] < found[1]
+        thin, whole = largest([x / tokens if tells else 0.0 for x in found], group)
         self.layer_bytes = LayerBytes(whole, thin) if whole else None
 
     def _recompute(self, count: int) -> None:

@@ -24,6 +24,7 @@ from workers.group import WorkerError, WorkerGroup, WorkerLost
 from workers.rollout.calls import Chunk, GenerateCall
 from workers.rollout.family import Family, end_family, family_of
 from workers.rollout.spec import GenerateRequest, GenerateStats
+from workers.rollout.vllm.engine import TAGS
 from workers.rollout.vllm.replica import VllmReplica
 from workers.rollout.watch import GROUP, Pulse, Reading
 
@@ -35,6 +36,7 @@ _log = logging.getLogger(__name__)  # not configured: warnings go to standard er
 class PoolLimits:
     """timeout_s: of a generate call; update_timeout_s: of sleeping, waking and a weight update; startup_timeout_s: of
     starting a replica. hang_timeout_s: as in `Pulse`. max_replacements: between two `take_replaced`, a step.
+    memory_share: of each of its devices, that must be free for a replica to start.
     """
 
     timeout_s: float
@@ -42,6 +44,7 @@ class PoolLimits:
     startup_timeout_s: float
     hang_timeout_s: float
     max_replacements: int
+    memory_share: float = 1.0
 
 
 @dataclass(slots=True)
@@ -56,23 +59,26 @@ class _Replica:
 
 class RolloutPool:
     """Owns the replicas. start: starts the one of a rank, and returns at once; observe: takes every reading.
-    make_room: called before another is started in a run; frees what others on its devices can do without.
+    make_room(bytes, share, rank): frees so many bytes, and this share at least, of the devices of a replica that is
+    replaced, as far as others there can do without.
 
-    Replacement: the old processes are ended, a new replica starts in their place, and gets the weights of the last
-    `update`, before it generates at the latest.
+    Replacement: the old processes are ended, a new replica starts in their place, sleeps as far as the others do, and
+    gets the weights of the last `update`, before it generates at the latest.
     """
 
     def __init__(
         self, start: Callable[[int], Any], num_replicas: int, *, limits: PoolLimits, observe: Callable[[Reading], None]
     ) -> None:
         self._start = start
-        self.make_room: Callable[[], None] = lambda: None
+        self.make_room: Callable[[int, float, int], None] = lambda num_bytes, share, rank: None
         self.limits = limits
         self.observe = observe
         self._replicas = [self._new(rank) for rank in range(num_replicas)]
         self._publish: Callable[[WorkerGroup], Any] | None = None
         self._stale = set(range(num_replicas))
         self._replaced = 0
+        self._asleep: set[str] = set()
+        self._sizes: dict[str, int] = {}
         self._peaks: dict[str, int] = {}
         self.peak_bytes = 0
 
@@ -114,11 +120,16 @@ class RolloutPool:
         """All replicas give memory back; returns how much one will take again at most, by tag. keep_weights: in host
         memory, where no weight sync follows."""
         answers = self._broadcast(VllmReplica.sleep, keep_weights)
-        return {tag: max(answer[tag] for answer in answers) for tag in answers[0]}
+        self._asleep = set(TAGS)
+        self._sizes = {tag: max(answer[tag] for answer in answers) for tag in TAGS}
+        return self._sizes
 
-    def wake(self, tag: str) -> None:
-        """All replicas take memory again, for "weights" or "kv_cache"; a new one has it."""
-        self._note_peak("sync", max(self._broadcast(VllmReplica.wake, tag)))
+    def wake(self, tag: str, *, in_sync: bool = True) -> None:
+        """All replicas take memory again, for "weights" or "kv_cache". in_sync: it counts among the sync's peaks."""
+        peak = max(self._broadcast(VllmReplica.wake, tag))
+        self._asleep.discard(tag)
+        if in_sync:
+            self._note_peak("sync", peak)
 
     def take_peaks(self) -> dict[str, int]:
         """Since the last call: most bytes in use by everyone on a replica's device, in "generate" and in "sync"."""
@@ -183,10 +194,15 @@ class RolloutPool:
         if old.family is not None:
             end_family(old.family, GROUP, rank)
         ray.kill(old.actor)
-        self.make_room()
+        self.make_room(sum(self._sizes.values()), self.limits.memory_share, rank)
         self._replicas[rank] = self._new(rank)
         self._stale.add(rank)
         self._await([self._replicas[rank]])
+        if self._asleep:
+            self._call(rank, VllmReplica.sleep)
+            for tag in TAGS:
+                if tag not in self._asleep:
+                    self._call(rank, VllmReplica.wake, tag)
 
     def _new(self, rank: int) -> _Replica:
         actor, limits = self._start(rank), self.limits
@@ -201,9 +217,19 @@ class RolloutPool:
             replica.family = family_of(replica.actor, GROUP, replica.rank)
 
     def _give(self, rank: int) -> None:
+        """The weights of now, to one that is awake; its cache sleeps meanwhile: training may need the room to send."""
         assert self._publish is not None, "replicas have no weights before the first update"
+        sizes = self._call(rank, VllmReplica.sleep)
+        self._call(rank, VllmReplica.wake, "weights")
         self._publish(self._group([rank]))
+        self.make_room(sizes["kv_cache"], 0.0, rank)
+        self._call(rank, VllmReplica.wake, "kv_cache")
         self._stale.discard(rank)
+
+    def _call(self, rank: int, method: Callable[..., T], *args: object) -> T:
+        """A call to one replica. Raises WorkerLost if that is lost."""
+        (answer,) = self._group([rank]).broadcast(method, *args).result(self.limits.update_timeout_s)
+        return answer
 
     def _broadcast(self, method: Callable[..., T], *args: object) -> list[T]:
         """The same call on every replica; a replica that is lost is replaced, and the new one called."""

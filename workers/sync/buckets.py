@@ -69,11 +69,15 @@ class BucketWriter:
         """How many buckets the parameters make; the same on every rank, as it follows from full shapes."""
         return len(self._plan(shards))
 
+    def missing_bytes(self, shards: Sequence[Shard], number: int) -> int:
+        """Bytes of the device that writing bucket `number` will allocate."""
+        return self._buffers[number % 2].missing_bytes(self._size(shards, self._plan(shards)[number]))
+
     def write(self, shards: Sequence[Shard], number: int) -> Bucket:
         """Casts and writes this rank's parts of bucket `number`; overwrites bucket number - 2."""
         chosen = self._plan(shards)[number]
         itemsize = self._dtype.itemsize
-        total = sum(shards[i][1].numel() for i in chosen) * itemsize
+        total = self._size(shards, chosen)
         buffer = self._buffers[number % 2]
         memory = buffer.view(total)
         pieces: list[Piece] = []
@@ -88,6 +92,10 @@ class BucketWriter:
             offset += local.numel() * itemsize
         buffer.finish()
         return Bucket(buffer.address, self._dtype_name, tuple(pieces), total, bits % (1 << 64))
+
+    def _size(self, shards: Sequence[Shard], chosen: Sequence[int]) -> int:
+        """Of this rank's rows of these parameters, bytes."""
+        return sum(shards[i][1].numel() for i in chosen) * self._dtype.itemsize
 
     def _plan(self, shards: Sequence[Shard]) -> list[list[int]]:
         buckets: list[list[int]] = [[]]

@@ -28,6 +28,10 @@ class SharedFile:
             self._memory = torch.frombuffer(mmap.mmap(self._descriptor, max(num_bytes, 1)), dtype=torch.uint8)
         return self._memory[:num_bytes]
 
+    def missing_bytes(self, num_bytes: int) -> int:
+        """Of a device: none, whatever its size."""
+        return 0
+
     def finish(self) -> None:
         """What was written can be read as it is."""
 
@@ -55,6 +59,10 @@ class DeviceBuffer:
             self._memory = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
             self.address = _handle(self._memory)
         return self._memory[:num_bytes]
+
+    def missing_bytes(self, num_bytes: int) -> int:
+        """What `view` will allocate: where it grows, all of it, as the old memory may still be mapped."""
+        return num_bytes if len(self._memory) < num_bytes else 0
 
     def finish(self) -> None:
         """Waits until all is written: the reader's GPU work knows nothing of this process's."""

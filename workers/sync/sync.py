@@ -15,12 +15,16 @@ from workers.train_worker import TrainWorker
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """One weight sync: version now held by every replica; parameters, bytes and buckets sent to each."""
+    """One weight sync: version now held by every replica; parameters, bytes and buckets sent to each.
+
+    verified: whether each compared a checksum of what it holds; one that is split over several devices cannot.
+    """
 
     version: int
     parameters: int
     num_bytes: int
     num_buckets: int
+    verified: bool
 
 
 class WeightSync:
@@ -43,7 +47,7 @@ class WeightSync:
 
         A replica that is lost meanwhile is replaced, and all get them again; one that is lost later gets them too, as
         long as they are the trainers'. Raises WorkerError unless every replica holds exactly the trainers' weights,
-        every parameter written once.
+        as far as it can tell (`SyncReport.verified`), every parameter written once.
         """
         return self._pool.update(partial(self._send, version))
 
@@ -68,4 +72,5 @@ def _verified(buckets: list[Bucket], reports: dict[int, UpdateReport], version: 
         if report.checksum is not None and report.checksum != sent:
             raise WorkerError(f"weight sync {version}: replica {rank} does not hold the trainers' weights (checksum)")
     parameters = next(iter(reports.values())).parameters
-    return SyncReport(version, parameters, sum(b.num_bytes for b in buckets), len(buckets))
+    verified = all(report.checksum is not None for report in reports.values())
+    return SyncReport(version, parameters, sum(b.num_bytes for b in buckets), len(buckets), verified)

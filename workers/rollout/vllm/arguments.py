@@ -81,7 +81,7 @@ def plan_engine(spec: RolloutSpec, can: Capabilities, environ: Mapping[str, str]
         variables |= fit.environment
     told = [fit.text for fit in fitted if fit.text]
     notices, problems = (told, []) if spec.auto_adapt else ([], told)
-    problems += [*_impossible(spec, can), *_unknown_arguments(spec, can)]
+    problems += [*_impossible(spec, can), *_unknown_arguments(spec, can), *_undoes_determinism(spec, can)]
     return EnginePlan(
         arguments=arguments | dict(spec.engine_kwargs),
         environment=variables,
@@ -242,6 +242,33 @@ def _fit_determinism(spec: RolloutSpec, can: Capabilities) -> Iterator[_Fit]:
             "starts, and where it runs short (rollout/preemptions above 0) its size decides what is computed together; "
             f"set {ROLLOUT}.kv_cache_gb"
         )
+
+
+def _undoes_determinism(spec: RolloutSpec, can: Capabilities) -> Iterator[str]:
+    """Pass-through arguments that would take the place of those which determinism needs, and are not the same."""
+    needed = {name: value for fit in _fit_determinism(spec, can) for name, value in fit.arguments.items()}
+    for name, value in spec.engine_kwargs.items():
+        if name in needed and not _includes(value, needed[name]):
+            yield (
+                f"{ROLLOUT}.engine_kwargs.vllm.{name}={value}: with trainer.full_determinism=true another run may "
+                f"compute other bits; take it out, or set {' and '.join(_leaves(name, needed[name]))}"
+            )
+
+
+def _includes(value: object, needed: object) -> bool:
+    """Whether it is the same, or a mapping that has all of the other."""
+    if isinstance(needed, Mapping):
+        return isinstance(value, Mapping) and all(_includes(value.get(name), needed[name]) for name in needed)
+    return value == needed
+
+
+def _leaves(name: str, value: object) -> Iterator[str]:
+    """Each value of nested mappings, as a user sets it."""
+    if isinstance(value, Mapping):
+        for inner, held in value.items():
+            yield from _leaves(f"{name}.{inner}", held)
+    else:
+        yield f"{name}={json.dumps(value)}"
 
 
 def _impossible(spec: RolloutSpec, can: Capabilities) -> Iterator[str]:

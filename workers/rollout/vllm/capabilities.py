@@ -63,6 +63,7 @@ class Capabilities:
     needs_patches: the three patches that 0.7 asks for. expandable_segments: sleep mode bears that allocator setting.
     schedules_by_time: with asynchronous scheduling, what is computed together hangs on whether a step has ended yet.
     combo_kernels: it lets inductor combine kernels where that measures faster.
+    cache_counts_others: what other processes hold of a GPU when it starts makes its KV cache that much smaller.
     """
 
     version: Version
@@ -89,6 +90,7 @@ class Capabilities:
     expandable_segments: bool
     schedules_by_time: bool
     combo_kernels: bool
+    cache_counts_others: bool = False
 
     @property
     def known(self) -> bool:
@@ -142,6 +144,7 @@ def look_up(sources: Sources, version: Version, device: Device = "cuda") -> Capa
         expandable_segments=_since("expandable_segments_with_sleep", version),
         schedules_by_time="batch_queue[-1][0].done()" in sources.text("v1.engine.core"),
         combo_kernels='inductor_compile_config["combo_kernels"]' in sources.text("config.compilation"),
+        cache_counts_others="total_allocated_bytes - torch_allocated_bytes" in sources.text("v1.worker.gpu_worker"),
     )
 
 

@@ -98,7 +98,7 @@ class Engine:
     def sleep(self, level: int | None = None) -> dict[str, int]:
         """Gives memory back; level None: the plan's. Level 0 does nothing.
 
-        Returns the bytes that each tag will take again on a device, the most of any worker's.
+        Returns the bytes that waking each tag will take on a device, the most of any worker's.
         """
         level = self.sleep_level if level is None else level
         if not level:
@@ -109,7 +109,7 @@ class Engine:
         if self._sleeps:
             self._llm.sleep(level=level)
         self._asleep = set(TAGS)
-        return given_back(before, self.rpc("tandem_memory"))
+        return given_back(before, self.rpc("tandem_memory"), by_tag=self._can.wake_tags)
 
     def wake(self, tag: str) -> None:
         """Takes memory again for "weights" or "kv_cache"; nothing happens if it has it."""
@@ -225,9 +225,14 @@ class Engine:
             self._engine.step()
 
 
-def given_back(before: Sequence[Sequence[int]], after: Sequence[Sequence[int]]) -> dict[str, int]:
-    """Bytes by tag, from each worker's (free bytes, parameter bytes) before and after: what is no weight is cache."""
+def given_back(before: Sequence[Sequence[int]], after: Sequence[Sequence[int]], *, by_tag: bool) -> dict[str, int]:
+    """Bytes by tag, from each worker's (free bytes, parameter bytes) before and after: what is no weight is cache.
+
+    by_tag: the tags wake apart; else all wakes with the weights.
+    """
     freed = [max(0, late[0] - early[0]) for early, late in zip(before, after, strict=True)]
+    if not by_tag:
+        return {"weights": max(freed), "kv_cache": 0}
     weights = [min(size, worker[1]) for size, worker in zip(freed, before, strict=True)]
     return {"weights": max(weights), "kv_cache": max(f - w for f, w in zip(freed, weights, strict=True))}
 

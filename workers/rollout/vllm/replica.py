@@ -16,7 +16,7 @@ from workers.rollout.vllm.arguments import plan_engine
 from workers.rollout.vllm.capabilities import of_installed
 from workers.rollout.vllm.engine import Engine
 from workers.rollout.vllm.outputs import to_block
-from workers.shortage import out_of_memory_explained
+from workers.shortage import OutOfMemory, out_of_memory_explained
 
 CONCURRENCY_GROUPS = {"control": 1}
 """Ray's threads besides the one that generates and takes weights."""
@@ -29,11 +29,18 @@ class VllmReplica:
         self._rank = rank
         self._device = spec.device
         self._version = -1
+        self._unstarted: OutOfMemory | None = None
         can = of_installed(spec.device)
-        self._engine = Engine(plan_engine(spec, can, os.environ, rank=rank), can)
+        try:
+            with self._explained("start"):
+                self._engine = Engine(plan_engine(spec, can, os.environ, rank=rank), can)
+        except OutOfMemory as error:
+            self._unstarted = error  # of what is raised here, Ray passes on the words alone
 
     def ping(self) -> int:
-        """Returns once the engine is up; this replica's rank."""
+        """Returns once the engine is up; this replica's rank. Raises OutOfMemory if there was no memory for it."""
+        if self._unstarted is not None:
+            raise self._unstarted
         return self._rank
 
     def generate(self, request: GenerateRequest) -> Iterator[RolloutBlock | SequenceMeta | GenerateStats]:
@@ -54,7 +61,8 @@ class VllmReplica:
 
     def begin_update(self) -> None:
         """Gets ready for new weights."""
-        self._engine.rpc("tandem_begin_update")
+        with self._explained("begin_update"):
+            self._engine.rpc("tandem_begin_update")
 
     def load_bucket(self, messages: list[dict[str, object]]) -> None:
         """Loads one bucket of parameters from all training ranks."""
@@ -63,8 +71,9 @@ class VllmReplica:
 
     def finish_update(self, version: int) -> UpdateReport:
         """Checks the update, forgets cached prefixes and takes the new version number."""
-        reports: list[dict[str, int]] = self._engine.rpc("tandem_finish_update")
-        self._engine.forget_prefixes()
+        with self._explained("finish_update"):
+            reports: list[dict[str, int]] = self._engine.rpc("tandem_finish_update")
+            self._engine.forget_prefixes()
         self._version = version
         return UpdateReport(reports[0]["parameters"], reports[0]["checksum"] if len(reports) == 1 else None)
 
@@ -107,6 +116,10 @@ class VllmReplica:
         return own or process, everyone or process
 
     def _explained(self, call: str) -> AbstractContextManager[None]:
+        return out_of_memory_explained(call, "", self._memory)
+
+    def _memory(self) -> tuple[int, int]:
+        """Free and total bytes of the device."""
         from workers.memory import meter_of  # torch must not be there before the engine has set its environment
 
-        return out_of_memory_explained(call, "", meter_of(self._device).memory)
+        return meter_of(self._device).memory()
