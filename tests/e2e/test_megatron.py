@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,37 +22,41 @@ OF_THE_REFERENCE = ("actor/kl_loss", "actor/kl_coef")
 CLOSE = 1e-5
 
 
+MEGATRON = (
+    f"{ACTOR}.megatron.param_offload=true",
+    f"{ACTOR}.megatron.optimizer_offload=true",
+    f"{REF}.megatron.param_offload=true",
+)
+MIXED = (
+    f"{REF}.strategy=megatron",
+    f"{REF}.megatron.pipeline_model_parallel_size=2",
+    f"{REF}.megatron.dtype=float32",
+)
+
+
 @pytest.fixture(scope="session")
-def megatron_run(runs: Path, task: Path) -> Outcome:
+def both_runs(runs: Path, task: Path) -> tuple[Outcome, Outcome]:
+    """At once: each spends most of its time starting."""
+    common = (*NO_VALIDATION, *ONLY_WATCHED, f"trainer.total_training_steps={STEPS}")
+    with ThreadPoolExecutor(2) as pool:
+        megatron = pool.submit(run, runs / "megatron", *common, *MEGATRON, config="quickstart_megatron")
+        mixed = pool.submit(run, runs / "mixed", *common, *MIXED)
+        outcomes = megatron.result(), mixed.result()
+    for outcome in outcomes:
+        assert outcome.status == 0, outcome.told
+    return outcomes
+
+
+@pytest.fixture
+def megatron_run(both_runs: tuple[Outcome, Outcome]) -> Outcome:
     """The Megatron quick start, shorter: actor and reference, tp 2 with sequence parallelism; what can, offloads."""
-    outcome = run(
-        runs / "megatron",
-        *NO_VALIDATION,
-        *ONLY_WATCHED,
-        f"trainer.total_training_steps={STEPS}",
-        f"{ACTOR}.megatron.param_offload=true",
-        f"{ACTOR}.megatron.optimizer_offload=true",
-        f"{REF}.megatron.param_offload=true",
-        config="quickstart_megatron",
-    )
-    assert outcome.status == 0, outcome.told
-    return outcome
+    return both_runs[0]
 
 
-@pytest.fixture(scope="session")
-def mixed_run(runs: Path, task: Path) -> Outcome:
+@pytest.fixture
+def mixed_run(both_runs: tuple[Outcome, Outcome]) -> Outcome:
     """An FSDP actor, data parallel, beside a Megatron reference in a pipeline of two."""
-    outcome = run(
-        runs / "mixed",
-        *NO_VALIDATION,
-        *ONLY_WATCHED,
-        f"trainer.total_training_steps={STEPS}",
-        f"{REF}.strategy=megatron",
-        f"{REF}.megatron.pipeline_model_parallel_size=2",
-        f"{REF}.megatron.dtype=float32",
-    )
-    assert outcome.status == 0, outcome.told
-    return outcome
+    return both_runs[1]
 
 
 def numbers(record: Record) -> dict[str, float]:
