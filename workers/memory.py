@@ -173,7 +173,7 @@ class DeviceMemory:
         """What happened since the last report that was taken."""
         offloaded = {name: size for name, size in self._offloaded.items() if size}
         free, total = self.meter.memory()
-        unmade = sum(_unmade_bytes([t for t in self._tenants if t.role == role]) for role in self._roles())
+        unmade = sum(tenant.part.unmade_bytes for tenant in self._tenants)
         lacking = max(0, unmade + self._spare_bytes - free) if unmade else 0
         report = MemoryReport(dict(self._peaks), offloaded, total, lacking)
         if take:
@@ -182,7 +182,7 @@ class DeviceMemory:
         return report
 
     def _ensure(self, required: Sequence[_Tenant], wanted_bytes: int) -> None:
-        wanted = wanted_bytes + _unmade_bytes(required)
+        wanted = wanted_bytes + sum(tenant.part.unmade_bytes for tenant in required)
         away = sum(tenant.part.away_bytes for tenant in required)
         if wanted or away:
             self._evict_for(wanted + away, required)
@@ -206,9 +206,6 @@ class DeviceMemory:
         self.meter.memory()
         self._note()
 
-    def _roles(self) -> set[str]:
-        return {tenant.role for tenant in self._tenants}
-
     def _note(self) -> None:
         for tenant in self._tenants:
             name = f"{tenant.role}_{tenant.name}"
@@ -220,9 +217,3 @@ def _turn(name: str, *, is_trained: bool) -> int:
     if name == "weights":
         return 2 if is_trained else 0
     return 1
-
-
-def _unmade_bytes(required: Sequence[_Tenant]) -> int:
-    """Optimizer state of one role that the first step or save will make: two moments of each weight."""
-    sizes = {tenant.name: tenant.part.resident_bytes + tenant.part.away_bytes for tenant in required}
-    return 2 * sizes.get("weights", 0) if sizes.get("optimizer") == 0 else 0

@@ -41,6 +41,9 @@ def train_in_turn(
     memory = DeviceMemory(HostMeter())
     engine = build(mesh, spec)
     memory.add("actor", engine.parts, dict.fromkeys(engine.parts, offload))
+    optimizer = engine.parts["optimizer"]
+    unmade, made = optimizer.unmade_bytes, optimizer.resident_bytes + optimizer.away_bytes
+    assert unmade > 0
     shards = list(engine.export_weights())  # as the weight sync holds them, from before the first step
     rows = ALL[data_rank(mesh, spec) :: spec.parallel.data_size(mesh.size())]
     batch, micro_batches = TABLE.batch(rows), [list(range(len(rows)))]
@@ -60,6 +63,7 @@ def train_in_turn(
             with memory.use("load", "actor", BOTH):
                 engine.load(directory)
     away = {name: part.away_bytes for name, part in engine.parts.items()}
+    assert (optimizer.unmade_bytes, optimizer.resident_bytes + optimizer.away_bytes) == (0, made + unmade)
     assert all(part.resident_bytes == 0 for part in engine.parts.values()) == offload
     with memory.use("publish", "actor", ("weights",)):
         for (name, held, *_), (_, now, *_) in zip(shards, engine.export_weights(), strict=True):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_harness import ADAMW, CPU, LOSS, WRAP, FloatArray, Pair, Solo, Table, assemble, export, make_spec
+from engine_harness import ADAMW, CPU, LOSS, WRAP, FloatArray, Pair, Shard, Solo, Table, assemble, export, make_spec
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -30,7 +30,7 @@ class Seen:
     """What one rank did: log-probs, the weights at the end, layers recomputed, whether parameters stayed gathered."""
 
     outputs: FloatArray
-    shards: list[tuple[str, FloatArray, tuple[int, ...], int]]
+    shards: list[Shard]
     recomputed: int
     gathered: bool
 

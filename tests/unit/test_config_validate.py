@@ -233,9 +233,9 @@ def test_settings_of_an_engine_that_is_not_used_are_not_checked(base: list[str])
         (None, True, "megatron-core is not installed"),
         ("0.15.3", True, "megatron-core 0.15.3: Tandem needs >=0.16.1,<0.20"),
         ("0.20.0rc1", True, "megatron-core 0.20.0rc1: Tandem needs >=0.16.1,<0.20"),
-        ("0.19.2", False, "megatron-core 0.19.2 imports triton, which is not installed"),
+        ("0.18.0", False, "megatron-core 0.18.0 imports triton, which is not installed"),
         ("0.19.2", True, ""),
-        ("0.16.1", False, ""),
+        ("0.17.1", False, ""),
     ],
 )
 def test_megatron_that_is_installed(

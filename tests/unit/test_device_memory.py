@@ -192,7 +192,7 @@ def test_the_first_update_finds_room_for_the_state_it_makes() -> None:
     memory = DeviceMemory(device, spare_bytes=0)
     memory.add(
         "actor",
-        {"weights": Part(lambda: weights), "optimizer": Part(lambda: state)},
+        {"weights": Part(lambda: weights), "optimizer": Part(lambda: state, lambda: 40 * KIB)},
         dict(weights="auto", optimizer="auto"),
     )
     memory.add("ref", {"weights": Part(lambda: idle)}, {"weights": "auto"})
@@ -216,7 +216,10 @@ def test_optimizer_state_that_a_save_would_make_is_missed_if_there_is_no_room() 
     memory.add("ref", {"weights": Part(lambda: weights)}, {"weights": "auto"})
     device.others = 80
     assert memory.report(take=False).lacking_bytes == 0
-    parts = {"weights": Part(lambda: weights), "optimizer": Part(lambda: state)}
+    parts = {
+        "weights": Part(lambda: weights),
+        "optimizer": Part(lambda: state, lambda: 40 * KIB - sum(map(len, state))),
+    }
     memory.add("actor", parts, {"weights": "auto", "optimizer": "auto"})
     for others, lacking in ((0, 0), (40, 0), (41, 1), (80, 40)):
         device.others = others

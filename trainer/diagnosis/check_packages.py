@@ -24,7 +24,7 @@ _IMPORTED_FIRST = (
 
 MEGATRON_THAT_RUNS = pip("install", "megatron-core==0.16.1")
 """The release that CI runs: it is there for every Python, and needs nothing that a build of torch may lack."""
-_MEGATRON_WITH_TRITON = ">=0.19"
+_MEGATRON_WITH_TRITON = ">=0.18"
 _OPTIONAL_STANDINS = ("torchvision", "torchaudio", "torchcodec")
 _SHOWN = 3
 

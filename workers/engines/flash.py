@@ -100,7 +100,7 @@ def flash_attention(
         sizes = " and ".join(map(str, sorted({query.shape[-1], value.shape[-1]})))
         raise RuntimeError(
             f"flash attention takes heads of one size, at most 256 and a multiple of 8; these have {sizes}: compute in "
-            "float32 (fsdp_config.dtype)"
+            "float32 (fsdp_config.dtype or megatron.dtype)"
         )
     out: Tensor = _Attention.apply(query, key, value, layout, scale, kernels or TORCH)  # type: ignore[no-untyped-call]
     return out

@@ -68,7 +68,7 @@ class FSDPEngine:
         self._num_root_elements = self._num_elements - in_layers
         self.parts = {"weights": Part(lambda: weights)}
         if self._optimizer is not None:
-            self.parts["optimizer"] = Part(partial(moments, self._optimizer))
+            self.parts["optimizer"] = Part(partial(moments, self._optimizer), self._missing_state_bytes)
 
     def forward(self, batch: Batch, micro_batches: MicroBatches, *, temperature: float) -> Tensor:
         """Log-probs or values of every response token, float32 [batch.num_tokens] on the host."""

@@ -18,11 +18,13 @@ class Part:
     """Tensors of one engine that leave the device storage by storage, and come back together.
 
     tensors: looks up those there are now, this rank's own (no DTensors): optimizer state is made at the first step.
+    unmade: bytes on the device of those that there will be then, or at a save or load before it.
     Host buffers are kept for the next time. Nobody may use the tensors while some are away.
     """
 
-    def __init__(self, tensors: Callable[[], Iterable[Tensor]]) -> None:
+    def __init__(self, tensors: Callable[[], Iterable[Tensor]], unmade: Callable[[], int] = lambda: 0) -> None:
         self._tensors = tensors
+        self._unmade = unmade
         self._away: list[tuple[torch.UntypedStorage, Tensor]] = []
         self._spare: dict[int, list[Tensor]] = defaultdict(list)
 
@@ -35,6 +37,11 @@ class Part:
     def away_bytes(self) -> int:
         """In host memory."""
         return sum(len(buffer) for _, buffer in self._away)
+
+    @property
+    def unmade_bytes(self) -> int:
+        """Still to be made, once."""
+        return self._unmade()
 
     def evict(self, num_bytes: int) -> int:
         """Moves storages to host memory until that is `num_bytes` or all there is; returns the bytes moved."""

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from workers.batch import Batch, MicroBatch
 from workers.engines.base import EngineSpec, Loss, MicroBatches, StepResult, Update
+from workers.engines.flash import use_installed
 from workers.engines.logprobs import CHUNK_BYTES
 from workers.engines.megatron import groups, shim
 from workers.engines.megatron.architectures import check, items
@@ -54,12 +55,15 @@ class MegatronEngine:
 
     def __init__(self, spec: EngineSpec, device: torch.device) -> None:
         self._spec, self._device = spec, device
+        self._itemsize: int = getattr(torch, spec.sharding.dtype).itemsize
         self._hf = hf_config(
             spec.model_path, trust_remote_code=spec.trust_remote_code, override_config=spec.override_config
         )
         if problems := check(self._hf, spec.parallel):
             raise ValueError("; ".join(problems))
         shim.install(device)
+        if device.type == "cuda":
+            use_installed()
         groups.use(spec.parallel)
         self._config = transformer_config(self._hf, spec, device)
         virtual = spec.parallel.virtual_pipeline
@@ -77,9 +81,11 @@ class MegatronEngine:
         self._num_updates = 0
         if self._training is not None:
             self._chunks = self._training.chunks
-            self.parts["optimizer"] = Part(self._training.optimizer.tensors)
+            self.parts["optimizer"] = Part(self._training.optimizer.tensors, self._training.optimizer.missing_bytes)
         fill_gaps(self._stored)
         Checkpoint(Path(spec.model_path)).read(held(self._items, self._stored, self._place))
+        # views are made once, as none can be made of weights that are away
+        self._exported = tuple(parts(self._items, held(self._items, self._parameters, self._place), self._place))
         self._publish()
 
     def forward(self, batch: Batch, micro_batches: MicroBatches, *, temperature: float) -> Tensor:
@@ -124,9 +130,9 @@ class MegatronEngine:
         assert self._training is not None
         tokens = self._most_tokens(batch, update.micro_batches)
         in_flight = min(len(update.micro_batches), self._spec.parallel.pipeline)
-        kept = 2 * self._config.hidden_size if self._config.recompute_granularity else self._layer_bytes()
+        kept = self._itemsize * self._config.hidden_size if self._config.recompute_granularity else self._layer_bytes()
         activations = tokens * (in_flight * len(self._layers) * kept + WORKING_LAYERS * self._layer_bytes())
-        return int(activations) + self._training.num_bytes + self._logits_bytes()
+        return int(activations) + self._training.gradients.num_bytes + self._logits_bytes()
 
     def forward_wants(self, batch: Batch, micro_batches: MicroBatches) -> int:
         """Bytes a forward pass wants to find free besides the weights."""
@@ -135,7 +141,7 @@ class MegatronEngine:
 
     def export_weights(self) -> Iterator[Shard]:
         """This rank's part of every parameter under its Hugging Face name; data-parallel replicas divide theirs."""
-        return parts(self._items, held(self._items, self._parameters, self._place), self._place)
+        return iter(self._exported)
 
     def save(self, directory: Path) -> None:
         """Model, optimizer and update counter under Hugging Face names, by torch.distributed.checkpoint."""
@@ -233,8 +239,8 @@ class MegatronEngine:
         return max(tokens, default=0)
 
     def _layer_bytes(self) -> int:
-        """Activations of one layer per token: what goes into matrix products and comes out of them, bfloat16."""
-        return 2 * sum(sum(p.shape) for p in self._layers[0].parameters() if p.ndim == 2)
+        """Activations of one layer per token: what goes into matrix products and comes out of them."""
+        return self._itemsize * sum(sum(p.shape) for p in self._layers[0].parameters() if p.ndim == 2)
 
     def _logits_bytes(self) -> int:
         """What log-probs take: chunks of logits, and the gradient of the output layer."""
@@ -260,12 +266,6 @@ class _Training:
         self.chunks = [DistributedDataParallel(config, reduction, stage) for stage in stages]
         self.gradients = Gradients(self.chunks)
         self.optimizer = MasterAdamW(parameters, spec.optimizer, getattr(torch, spec.sharding.master_dtype))
-
-    @property
-    def num_bytes(self) -> int:
-        """That a step takes for gradients and for what it makes the first time. (`DeviceMemory` knows of the moments
-        where the optimizer has nothing else.)"""
-        return self.gradients.num_bytes + (self.optimizer.missing_bytes if self.optimizer.tensors() else 0)
 
 
 def _sum_gradients(chunks: list[nn.Module], _: Tensor | None, **options: Any) -> None:

@@ -61,7 +61,6 @@ class MasterAdamW:
         }
         self._adamw = make_optimizer(nn.ParameterList(self.masters.values()), spec)
 
-    @property
     def missing_bytes(self) -> int:
         """Of the state that the first step makes."""
         return 0 if self._adamw.state else 2 * sum(m.nbytes for m in self.masters.values())
