@@ -13,7 +13,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trainer.tracking import report as report_module
@@ -221,6 +221,8 @@ finite = st.floats(-1e12, 1e12, allow_nan=False)
 
 
 @given(st.lists(finite, min_size=1, max_size=50), st.booleans())
+@example([5e-324], True)
+@example([0.0, 5e-324], False)
 def test_axis_covers_what_it_shows(values: list[float], zero: bool) -> None:
     low, high = domain(values, zero=zero)
     assert low < high and (not zero or low <= 0 <= high)

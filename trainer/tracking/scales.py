@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 Point = tuple[float, float]
+SMALLEST = 1e-300
+"""Numbers below are shown as 0: between them there is no room for marks."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ def domain(values: Sequence[float], *, zero: bool = False) -> tuple[float, float
     low, high = min(shown), max(shown)
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)
-    if high - low <= 1e-12 * max(abs(low), abs(high)) or high == low:
-        pad = abs(high) * 0.5 or 1.0
+    if high - low <= max(1e-12 * max(abs(low), abs(high)), SMALLEST):
+        pad = abs(high) * 0.5 if abs(high) > SMALLEST else 1.0
         low, high = (low, high + pad) if low >= 0 else (low - pad, high + pad)
     return low, high
 

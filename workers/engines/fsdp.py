@@ -182,9 +182,7 @@ class FSDPEngine:
         gathered = self._num_elements * getattr(torch, self._spec.sharding.dtype).itemsize
         room = free - self._root_bytes() - self._missing_state_bytes()
         room -= 0 if begun else self._gradient_bytes(num_micro_batches)
-        room -= (
-            gathered if self._spec.sharding.reshard_after_forward is False or (self._stays_gathered and begun) else 0
-        )
+        room -= gathered if self._spec.sharding.reshard_after_forward is False else 0
         self._recompute.fit(tokens, room, self._group)
         if self._can_stay_gathered and not self._recompute.needs_measuring:
             lacks = self._recompute.activation_bytes(tokens) + gathered > room
