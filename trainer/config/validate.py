@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from itertools import combinations
 from pathlib import Path
 
 from trainer.config.devices import parse_device_mapping
@@ -59,17 +60,14 @@ def check_shared_devices(cfg: Config) -> None:
     Raises UserError where two training roles share some of their devices only; on a CPU that does no harm.
     """
     devices = training_devices(cfg, num_devices=cfg.num_devices)
-    seen: dict[str, tuple[int, ...]] = {}
-    for role in training_roles(cfg):
-        ranks = devices[role.name]
-        for other, theirs in seen.items():
-            if ranks != theirs and set(ranks) & set(theirs):
-                raise UserError(
-                    f"{role.key}.device_mapping={show(list(ranks))}: shares some devices, not all, with "
-                    f"{other}.device_mapping={show(list(theirs))}, and neither could make room for the other on a GPU; "
-                    "set both the same, or without a common device"
-                )
-        seen[role.key] = ranks
+    keys = {role.name: role.key for role in training_roles(cfg)}
+    for (other, theirs), (role, ranks) in combinations(devices.items(), 2):
+        if ranks != theirs and set(ranks) & set(theirs):
+            key, same = f"{keys[role]}.device_mapping", f"{keys[other]}.device_mapping"
+            raise UserError(
+                f"{key}={show(list(ranks))}: shares some devices, not all, with {same}={show(list(theirs))}, and "
+                f"neither could make room for the other on a GPU; set both the same, or without a common device"
+            )
 
 
 def _batch_sizes(cfg: Config) -> Iterator[str]:
