@@ -60,7 +60,7 @@ def check_shared_devices(cfg: Config) -> None:
     Raises UserError where two training roles share some of their devices only; on a CPU that does no harm.
     """
     devices = training_devices(cfg, num_devices=cfg.num_devices)
-    keys = {role.name: role.key for role in training_roles(cfg)}
+    keys: dict[str, str] = {role.name: role.key for role in training_roles(cfg)}
     for (other, theirs), (role, ranks) in combinations(devices.items(), 2):
         if ranks != theirs and set(ranks) & set(theirs):
             key, same = f"{keys[role]}.device_mapping", f"{keys[other]}.device_mapping"
