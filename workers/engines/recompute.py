@@ -47,8 +47,8 @@ def estimate(layers: Sequence[nn.Module], itemsize: int) -> LayerBytes:
 
     itemsize: of the compute dtype, bytes.
     """
-    products = [part for part in layers[0].modules() if isinstance(part, nn.Linear)] if layers else []
-    return LayerBytes(float(itemsize * sum(part.in_features + part.out_features for part in products)), 0.0)
+    weights = [weight for weight in layers[0].parameters() if weight.ndim == 2] if layers else []
+    return LayerBytes(float(itemsize * sum(sum(weight.shape) for weight in weights)), 0.0)
 
 
 def free_bytes(device: torch.device) -> int | None:

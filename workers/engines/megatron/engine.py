@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import tee
 from pathlib import Path
@@ -32,7 +33,7 @@ from workers.engines.megatron.model import Stage, padded, transformer_config
 from workers.engines.megatron.optimizer import Gradients, MasterAdamW, clip_scale, gradient_norm
 from workers.engines.models import hf_config
 from workers.engines.optimizer import learning_rate
-from workers.engines.recompute import WORKING_LAYERS
+from workers.engines.recompute import Recompute, free_bytes
 from workers.engines.reduction import reduce_metrics, spread
 from workers.engines.residency import Part
 from workers.normalizers import Normalizers
@@ -70,7 +71,9 @@ class MegatronEngine:
         chunks = range(virtual) if virtual else (None,)
         stages = [Stage(self._hf, self._config, spec.head, chunk).to(device) for chunk in chunks]
         self._chunks: Sequence[nn.Module] = [stage.train(spec.optimizer is not None) for stage in stages]
-        self._layers = [layer for stage in stages for layer in stage.decoder.layers]
+        layers = [layer for stage in stages for layer in stage.decoder.layers]
+        setting = spec.gradient_checkpointing if spec.optimizer else False
+        self._recompute = Recompute(layers, setting, device, self._itemsize)
         self._parameters = parameters_of(stages)
         self._items = list(items(self._hf, spec.head))
         self._place = _place()
@@ -115,8 +118,10 @@ class MegatronEngine:
             return total, torch.zeros((), dtype=torch.int), {}
 
         todo = [(rows, lose) for rows in self._even(update.micro_batches)]
+        self._fit(batch, update)
         with training.gradients:
-            self._run(batch, todo, update.norm, temperature, entropy=entropy, forward_only=False)
+            with self._measured(batch, update):
+                self._run(batch, todo, update.norm, temperature, entropy=entropy, forward_only=False)
             grad_norm = gradient_norm(self._own_gradients(), parallel_state.get_model_parallel_group())
             skipped = not math.isfinite(grad_norm)
             lr = learning_rate(settings, self._num_updates)
@@ -128,16 +133,12 @@ class MegatronEngine:
     def update_wants(self, batch: Batch, update: Update) -> int:
         """Bytes an optimizer step wants to find free besides weights and optimizer state."""
         assert self._training is not None
-        tokens = self._most_tokens(batch, update.micro_batches)
-        in_flight = min(len(update.micro_batches), self._spec.parallel.pipeline)
-        kept = self._itemsize * self._config.hidden_size if self._config.recompute_granularity else self._layer_bytes()
-        activations = tokens * (in_flight * len(self._layers) * kept + WORKING_LAYERS * self._layer_bytes())
-        return int(activations) + self._training.gradients.num_bytes + self._logits_bytes()
+        tokens = self._tokens_in_flight(batch, update.micro_batches)
+        return int(self._recompute.whole_bytes(tokens)) + self._training.gradients.num_bytes + self._logits_bytes()
 
     def forward_wants(self, batch: Batch, micro_batches: MicroBatches) -> int:
         """Bytes a forward pass wants to find free besides the weights."""
-        tokens = self._most_tokens(batch, micro_batches)
-        return int(tokens * self._layer_bytes() * WORKING_LAYERS) + self._logits_bytes()
+        return int(self._recompute.working_bytes(max(self._tokens(batch, micro_batches)))) + self._logits_bytes()
 
     def export_weights(self) -> Iterator[Shard]:
         """This rank's part of every parameter under its Hugging Face name; data-parallel replicas divide theirs."""
@@ -234,13 +235,40 @@ class MegatronEngine:
         own = {i.parameter for i in self._items if not i.is_copy and (i.cut is not None or not self._place.tensor_rank)}
         return [p.main_grad for name, p in self._parameters.items() if name in own]  # type: ignore[attr-defined]
 
-    def _most_tokens(self, batch: Batch, micro_batches: MicroBatches) -> int:
-        tokens = (batch.packed_tokens(rows, share_prompt=self._spec.share_prompt) for rows in micro_batches)
-        return max(tokens, default=0)
+    def _fit(self, batch: Batch, update: Update) -> None:
+        """Decides which layers are recomputed in an optimizer step; collective."""
+        free = free_bytes(self._device)
+        if free is None:
+            return
+        assert self._training is not None
+        room = free - self._training.gradients.num_bytes - self._training.optimizer.missing_bytes()
+        tokens = self._tokens_in_flight(batch, update.micro_batches)
+        self._recompute.fit(tokens, room - self._logits_bytes(), _world())
 
-    def _layer_bytes(self) -> int:
-        """Activations of one layer per token: what goes into matrix products and comes out of them."""
-        return self._itemsize * sum(sum(p.shape) for p in self._layers[0].parameters() if p.ndim == 2)
+    @contextmanager
+    def _measured(self, batch: Batch, update: Update) -> Iterator[None]:
+        """Around the first optimizer step, whose first micro-batch shows what activations take."""
+        if not self._recompute.needs_measuring:
+            yield
+            return
+        tokens = self._tokens(batch, update.micro_batches)
+        with self._recompute.measure(tokens[0], max(tokens), _world()):
+            yield
+
+    def _tokens(self, batch: Batch, micro_batches: MicroBatches) -> list[int]:
+        """Rows of each micro-batch; of an empty one if there is none."""
+        share_prompt = self._spec.share_prompt
+        return [batch.packed_tokens(rows, share_prompt=share_prompt) for rows in self._even(micro_batches)]
+
+    def _tokens_in_flight(self, batch: Batch, micro_batches: MicroBatches) -> int:
+        """Most rows whose activations this rank keeps at a time, as if each passed all of its layers.
+
+        Warm-up of the schedule on the first stage and the micro-batch at work (Narayanan et al. 2021, section 2.2).
+        """
+        parallel, tokens = self._spec.parallel, self._tokens(batch, micro_batches)
+        stages, chunks = parallel.pipeline, parallel.virtual_pipeline or 1
+        passes = stages if chunks == 1 else 2 * (stages - 1) + (chunks - 1) * stages + 1
+        return max(tokens) * min(len(tokens) * chunks, passes) // chunks
 
     def _logits_bytes(self) -> int:
         """What log-probs take: chunks of logits, and the gradient of the output layer."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -34,6 +35,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from workers.batch import MicroBatch
 from workers.engines.attention import PackedLayout, gather_rows, packed_attention, prepare
 from workers.engines.base import EngineSpec
+from workers.engines.fusion import fused
 from workers.engines.logprobs import VocabularyPart, token_logprobs
 from workers.engines.megatron.architectures import Head, has_qk_norm, has_qkv_bias, head_dim
 
@@ -67,6 +69,7 @@ class PackedSelfAttention(MegatronModule):  # type: ignore[misc]
     def __init__(self, config: TransformerConfig, layer_number: int, qk_norm: bool, **_: Any) -> None:
         super().__init__(config)
         tensor, self._head_dim = config.tensor_model_parallel_size, config.kv_channels
+        self._rotate = fused(apply_rotary_pos_emb) if config.bias_activation_fusion else apply_rotary_pos_emb
         self._heads = [config.num_attention_heads // tensor, *[config.num_query_groups // tensor] * 2]
         settings = {"config": config, "init_method": config.init_method}
         size = self._head_dim * (config.num_attention_heads + 2 * config.num_query_groups)
@@ -88,11 +91,25 @@ class PackedSelfAttention(MegatronModule):  # type: ignore[misc]
         packed = packed_seq_params
         qkv = self.linear_qkv(hidden_states)[0].squeeze(1).unflatten(-1, (-1, self._head_dim))
         query, key, value = qkv.split(self._heads, dim=1)
-        query, key = apply_rotary_pos_emb(
+        query, key = self._rotate(
             self.q_layernorm(query), self.k_layernorm(key), packed.cos, packed.sin, unsqueeze_dim=1
         )
         out = packed_attention(query, key, value, packed.layout, self._head_dim**-0.5)
         return self.linear_proj(out.flatten(1).unsqueeze(1))  # type: ignore[no-any-return]
+
+
+class Layer(TransformerLayer):  # type: ignore[misc]
+    """A decoder layer that recomputes its activations in the backward pass if `gradient_checkpointing` says so."""
+
+    gradient_checkpointing = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As Megatron's."""
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            return super().forward(*args, **kwargs)
+        return torch.utils.checkpoint.checkpoint(
+            super().forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+        )
 
 
 class Stage(MegatronModule):  # type: ignore[misc]
@@ -204,7 +221,6 @@ def padded(micro: MicroBatch, multiple: int) -> MicroBatch:
 def transformer_config(hf: PreTrainedConfig, spec: EngineSpec, device: torch.device) -> TransformerConfig:
     """Megatron's settings. Loss and gradients are sums: the driver has divided by global counts already."""
     parallel, dtype = spec.parallel, getattr(torch, spec.sharding.dtype)
-    is_recomputed = spec.optimizer is not None and recomputes(spec, device)
     is_interleaved = parallel.virtual_pipeline is not None
     return TransformerConfig(
         num_layers=hf.num_hidden_layers,
@@ -240,15 +256,7 @@ def transformer_config(hf: PreTrainedConfig, spec: EngineSpec, device: torch.dev
         masked_softmax_fusion=False,
         bias_activation_fusion=spec.compile,
         bias_dropout_fusion=spec.compile,
-        recompute_granularity="full" if is_recomputed else None,
-        recompute_method="uniform" if is_recomputed else None,
-        recompute_num_layers=1 if is_recomputed else None,
     )
-
-
-def recomputes(spec: EngineSpec, device: torch.device) -> bool:
-    """Whether activations of all layers are recomputed; "auto": on a GPU."""
-    return device.type == "cuda" if spec.gradient_checkpointing == "auto" else spec.gradient_checkpointing
 
 
 def _num_layers(config: TransformerConfig) -> int:

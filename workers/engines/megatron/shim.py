@@ -21,13 +21,9 @@ def install(device: torch.device) -> None:
     """Puts the pieces in place if `device` is a CPU (idempotent)."""
     if device.type != "cpu":
         return
-    from megatron.core.tensor_parallel import random
-
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]  # only ever a `device=`
     torch.cuda.synchronize = lambda device=None: None  # pipelines wait for lengths that came over the network
     torch.cuda.current_stream = lambda device=None: None  # type: ignore[assignment,return-value]  # 0.19: no graph to wait for
-    random._get_cuda_rng_state = lambda **_: torch.get_rng_state()  # recomputation restores the generator's state
-    random._set_cuda_rng_state = lambda state, **_: torch.set_rng_state(state)
 
 
 def schedule_devices(device: torch.device) -> AbstractContextManager[Any]:
