@@ -48,6 +48,7 @@ OPTIMIZER = replace(ADAMW, lr_scheduler_type="cosine", total_steps=5, warmup_ste
 VALUE_LOSS = ValueLoss(clip=10.0, agg_mode="token-mean", length=LENGTH)
 TENSOR, PIPELINE = ParallelSpec(tensor=2), ParallelSpec(pipeline=2)
 BOTH = ParallelSpec(tensor=2, pipeline=2, sequence=True)
+LAYERS = 2
 ModelPath = Callable[[str, bool], Path]
 
 
@@ -68,6 +69,30 @@ def assert_equal(got: dict[str, FloatArray], expected: dict[str, FloatArray]) ->
 
 def on_disk(path: Path) -> dict[str, FloatArray]:
     return {name: tensor.float().numpy() for name, tensor in load_file(path / "model.safetensors").items()}
+
+
+def attention_passes(mesh: DeviceMesh, spec: EngineSpec) -> int:
+    """How often one optimizer step over two micro-batches computes the attention of a layer."""
+    from workers.engines.megatron import model
+
+    counted, original = [0], model.packed_attention
+
+    def count(*args: Any) -> torch.Tensor:
+        counted[0] += 1
+        return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "packed_attention", count)
+        train(mesh, Job(spec, TABLE, ONE))
+    return counted[0] - 2 * LAYERS  # `train` runs forward too
+
+
+@pytest.mark.parametrize(("setting", "passes"), [(False, 2), (True, 4), ("auto", 2)])
+def test_recomputation_computes_every_layer_again(
+    model_path: ModelPath, solo: Solo, setting: bool | str, passes: int
+) -> None:
+    spec = spec_of(model_path("qwen2", True), ParallelSpec(), gradient_checkpointing=setting)
+    assert solo.run(attention_passes, spec) == [passes * LAYERS]
 
 
 @pytest.mark.parametrize(

@@ -266,7 +266,7 @@ def _num_layers(config: TransformerConfig) -> int:
 
 def _layer_spec(hf: PreTrainedConfig) -> ModuleSpec:
     return ModuleSpec(
-        module=TransformerLayer,
+        module=Layer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(module=PackedSelfAttention, params={"qk_norm": has_qk_norm(hf)}),
