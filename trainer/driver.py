@@ -10,20 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from trainer.advantage import AdvantageComputer
+from trainer.collect import VALIDATE, Collector
 from trainer.evaluation import Evaluation
 from trainer.measure import Metrics, advantage_metrics, sample_metrics, update_metrics
 from trainer.roles import Role
 from trainer.samples import Samples
-from trainer.scoring import drop_failed
 from trainer.sources import SyncSource
 from trainer.state import TrainState
 from trainer.tracking.phases import Phases
-from workers.protocol import Prompt
 from workers.rollout.spec import SamplingSpec
 from workers.sync.sync import WeightSync
-
-TRAIN, VALIDATE = 0, 1
-"""Kinds of generate calls, part of their seeds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +31,6 @@ class Cadence:
     save_freq: int
     critic_warmup: int
     old_logprobs: bool
-    max_reward_error_rate: float
-    batch_size: int
 
 
 @dataclass(slots=True)
@@ -44,14 +38,13 @@ class Driver:
     """One training run, ready to go."""
 
     state: TrainState
-    prompts: list[Prompt]
     source: SyncSource
+    collector: Collector
     actor: Role
     reference: Role
     critic: Role
     advantages: AdvantageComputer
     sync: WeightSync
-    sampling: SamplingSpec
     evaluation: Evaluation
     cadence: Cadence
     phases: Phases
@@ -59,10 +52,7 @@ class Driver:
     def step(self) -> tuple[Samples, Metrics]:
         """One training step; returns its samples, for people to look at, and its metrics."""
         step = self.state.step + 1
-        rows = self.state.order.next_batch(self.cadence.batch_size)
-        prompts = [self.prompts[row] for row in rows]
-        samples = self.source.generate(f"train-{step}", prompts, self.sampling, seed=(TRAIN, step), sleep=True)
-        samples, errors = drop_failed(samples, max_error_rate=self.cadence.max_reward_error_rate)
+        samples, collected = self.collector.collect(self.state.order, step)
         with self.phases("annotate"):
             self.reference.annotate(samples, "ref_logprobs", step=step)
             self.critic.annotate(samples, "values", step=step)
@@ -75,7 +65,7 @@ class Driver:
                 metrics |= update_metrics("actor", self.actor.update(samples, step=step))
         metrics |= self.publish()
         self.state.step = step
-        return samples, metrics | errors | measured | sample_metrics(samples) | advantage_metrics(advantages)
+        return samples, metrics | collected | measured | sample_metrics(samples) | advantage_metrics(advantages)
 
     def publish(self) -> Metrics:
         """Gives the replicas the actor's weights of now."""

@@ -7,8 +7,8 @@ computes on it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,19 +27,22 @@ INLINE_BYTES = 64 << 10
 class Samples:
     """Sequences in deterministic order: by prompt, then sample.
 
-    key: names the batch; workers cache by it. prompts: by group number. blocks: RolloutBlock references, one per chunk.
+    key: names the batch; workers cache by it. prompts: group number -> prompt.
+    blocks: RolloutBlock references, one per chunk.
     meta: [S]; where: [S, 2] = (block, row in block). rewards: [S]; parts: name -> [S]; errors: [S], "" if none.
+    baseline: [S], reward of the greedy response to each row's prompt, or None where nobody asked for one.
     rank_of: number of training ranks -> [S], the rank each row was dealt to.
     """
 
     key: str
-    prompts: list[Prompt]
+    prompts: Mapping[int, Prompt]
     blocks: tuple[Any, ...]
     meta: SequenceMeta
     where: npt.NDArray[np.intp]
     rewards: FloatArray
     parts: dict[str, FloatArray]
     errors: tuple[str, ...]
+    baseline: FloatArray | None = None
     columns: dict[str, Column] = field(default_factory=dict)
     rank_of: dict[int, npt.NDArray[np.int64]] = field(default_factory=dict)
 
@@ -53,7 +56,11 @@ class Samples:
 
     @staticmethod
     def join(
-        key: str, prompts: list[Prompt], blocks: tuple[Any, ...], metas: list[SequenceMeta], scores: list[Scores]
+        key: str,
+        prompts: Mapping[int, Prompt],
+        blocks: tuple[Any, ...],
+        metas: list[SequenceMeta],
+        scores: list[Scores],
     ) -> Samples:
         """The blocks and their scores as one batch, the same whatever came in which block and when."""
         meta, where = concat_meta(metas)
@@ -73,17 +80,41 @@ class Samples:
         )
 
     def take(self, rows: npt.NDArray[np.intp]) -> Samples:
-        """The batch with these rows only; before any column was added."""
+        """The batch with these rows only, in this order; before any column was added."""
         assert not self.columns
-        return Samples(
-            key=self.key,
-            prompts=self.prompts,
-            blocks=self.blocks,
+        return replace(
+            self,
             meta=self.meta.take(rows),
             where=self.where[rows],
             rewards=self.rewards[rows],
             parts={name: values[rows] for name, values in self.parts.items()},
             errors=tuple(self.errors[r] for r in rows),
+            baseline=None if self.baseline is None else self.baseline[rows],
+            rank_of={},
+        )
+
+    @staticmethod
+    def concat(key: str, several: Sequence[Samples]) -> Samples:
+        """Batches whose groups have different numbers as one, one after the other; before any column was added.
+
+        A part that only some have is NaN for the others.
+        """
+        assert not any(s.columns or s.baseline is not None for s in several)
+        first_block = np.cumsum([0, *(len(s.blocks) for s in several)])
+        shifted = [s.where + np.array([first, 0]) for s, first in zip(several, first_block, strict=False)]
+        names = sorted({name for s in several for name in s.parts})
+        lacking = [np.full(len(s), np.nan, dtype=np.float32) for s in several]
+        return Samples(
+            key=key,
+            prompts={group: prompt for s in several for group, prompt in s.prompts.items()},
+            blocks=tuple(block for s in several for block in s.blocks),
+            meta=SequenceMeta.concat([s.meta for s in several]),
+            where=np.concatenate(shifted),
+            rewards=np.concatenate([s.rewards for s in several]),
+            parts={
+                n: np.concatenate([s.parts.get(n, x) for s, x in zip(several, lacking, strict=True)]) for n in names
+            },
+            errors=tuple(error for s in several for error in s.errors),
         )
 
     def rank_batch(self, rows: npt.NDArray[np.int64], num_ranks: int) -> RankBatch:
@@ -138,9 +169,9 @@ class Samples:
         return split(mask, block.meta.response_length)
 
 
-def check_complete(metas: Sequence[SequenceMeta], *, num_prompts: int, n: int) -> None:
+def check_complete(metas: Sequence[SequenceMeta], *, num_prompts: int, n: int, first_group: int = 0) -> None:
     """Raises WorkerError unless each of the prompts has exactly its samples 0 .. n-1."""
-    rows = [m.group.astype(np.int64) * n + m.sample for m in metas]
+    rows = [(m.group.astype(np.int64) - first_group) * n + m.sample for m in metas]
     counts = np.bincount(np.concatenate([np.zeros(0, dtype=np.int64), *rows]), minlength=num_prompts * n)
     wrong = np.flatnonzero(counts != 1)
     if len(wrong):

@@ -10,9 +10,11 @@ from typing import Any
 import ray
 
 from trainer.advantage import AdvantageComputer
+from trainer.algorithms.advantages import estimator
 from trainer.algorithms.kl import kl_controller
 from trainer.algorithms.losses import policy_loss, value_loss
 from trainer.batching import Limits
+from trainer.collect import Collector, GroupFilter, Overlong
 from trainer.config.roles import training_roles
 from trainer.config.schema import Config
 from trainer.config.validate import role_devices, training_devices
@@ -161,14 +163,13 @@ def _driver(
     val = rollout.val_kwargs
     return Driver(
         state=TrainState(order=order, kl=kl_controller(cfg.algorithm.kl_ctrl)),
-        prompts=inputs.train.prompts,
         source=source,
+        collector=_collector(cfg, inputs, source, phases, sampling),
         actor=_actor(cfg, workers, inputs),
         reference=_reference(cfg, workers, inputs),
         critic=_critic(cfg, workers, inputs),
         advantages=AdvantageComputer(cfg.algorithm),
         sync=sync,
-        sampling=sampling,
         evaluation=Evaluation(
             prompts=inputs.validation.prompts if inputs.validation else (),
             sampling=validation_sampling(
@@ -184,10 +185,24 @@ def _driver(
             save_freq=cfg.trainer.save_freq,
             critic_warmup=cfg.trainer.critic_warmup,
             old_logprobs=sizes.actor_updates_per_step > 1 or cfg.algorithm.use_kl_in_reward,
-            max_reward_error_rate=cfg.reward.max_error_rate,
-            batch_size=cfg.data.train_batch_size,
         ),
         phases=phases,
+    )
+
+
+def _collector(cfg: Config, inputs: Inputs, source: SyncSource, phases: Phases, sampling: SamplingSpec) -> Collector:
+    filtering, overlong = cfg.algorithm.filter_groups, cfg.reward.overlong_buffer
+    length = cfg.data.max_response_length
+    return Collector(
+        source,
+        inputs.train.prompts,
+        sampling,
+        phases,
+        batch_size=cfg.data.train_batch_size,
+        max_error_rate=cfg.reward.max_error_rate,
+        groups=GroupFilter(filtering.metric, filtering.max_num_gen_batches) if filtering.enable else None,
+        overlong=Overlong(length, overlong.len, overlong.penalty_factor) if overlong.len else None,
+        greedy_baseline=estimator(cfg.algorithm.adv_estimator).needs_baseline,
     )
 
 

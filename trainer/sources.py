@@ -60,29 +60,33 @@ class SyncSource:
         *,
         seed: Sequence[int],
         sleep: bool,
+        first_group: int = 0,
         phase: Callable[[str], AbstractContextManager[None]] | None = None,
     ) -> Samples:
         """Responses to the prompts, scored. seed: numbers that make this call's sampling its own.
 
         sleep: whether the replicas give their memory back afterwards (training follows).
+        first_group: number of the first prompt's group, where responses of several calls become one batch.
         phase: times "generate" and "score" (what is left of it when the last response is there); None: as phases of
         the step. Raises WorkerError unless every prompt has come back exactly once.
         """
         phase = phase or self._phases
         call_seed = int(np.random.SeedSequence([self._seed, *seed]).generate_state(1)[0] >> 1)
-        requests = [_request(prompts, share, sampling, call_seed) for share in _shares(len(prompts), len(self._pool))]
+        shares = _shares(len(prompts), len(self._pool))
+        requests = [_request(prompts, share, first_group, sampling, call_seed) for share in shares]
         with phase("generate"):
             chunks: list[Chunk] = []
             scores: list[Any] = []
             for chunk in self._pool.generate(requests):
-                scores.append(self._score(chunk, prompts, len(chunks)))
+                scores.append(self._score(chunk, prompts, first_group, len(chunks)))
                 chunks.append(chunk)
-            check_complete([c.meta for c in chunks], num_prompts=len(prompts), n=sampling.n)
+            check_complete([c.meta for c in chunks], num_prompts=len(prompts), n=sampling.n, first_group=first_group)
             if sleep:
                 self.sleep()
         with phase("score"):
             scored = self._scores(scores)
-        return Samples.join(key, list(prompts), tuple(c.block for c in chunks), [c.meta for c in chunks], scored)
+        by_group = dict(enumerate(prompts, first_group))
+        return Samples.join(key, by_group, tuple(c.block for c in chunks), [c.meta for c in chunks], scored)
 
     def sleep(self, *, keep_weights: bool = False) -> None:
         """Replicas give their memory back. keep_weights: in host memory, where no weight sync follows."""
@@ -123,9 +127,9 @@ class SyncSource:
             self._memory.make_room(self._asleep[tag])
             self._pool.wake(tag, in_sync=in_sync)
 
-    def _score(self, chunk: Chunk, prompts: Sequence[Prompt], number: int) -> Any:
+    def _score(self, chunk: Chunk, prompts: Sequence[Prompt], first_group: int, number: int) -> Any:
         """Starts to score one chunk. Its groups, in order of first use, are what its block's `prompt_of` means."""
-        chosen = [prompts[group] for group in dict.fromkeys(chunk.meta.group.tolist())]
+        chosen = [prompts[group - first_group] for group in dict.fromkeys(chunk.meta.group.tolist())]
         request = ScoreRequest(
             data_source=tuple(p.data_source for p in chosen),
             ground_truth=tuple(p.ground_truth for p in chosen),
@@ -149,12 +153,14 @@ def _shares(num_prompts: int, num_replicas: int) -> list[range]:
     return [range(bounds[r], bounds[r + 1]) for r in range(num_replicas)]
 
 
-def _request(prompts: Sequence[Prompt], share: range, sampling: SamplingSpec, seed: int) -> GenerateRequest:
+def _request(
+    prompts: Sequence[Prompt], share: range, first_group: int, sampling: SamplingSpec, seed: int
+) -> GenerateRequest:
     chosen = [prompts[i].token_ids for i in share]
     return GenerateRequest(
         token_ids=np.fromiter((t for ids in chosen for t in ids), dtype=np.int32),
         lengths=np.fromiter((len(ids) for ids in chosen), dtype=np.int32),
-        groups=np.asarray(share, dtype=np.int32),
+        groups=np.asarray(share, dtype=np.int32) + np.int32(first_group),
         sampling=sampling,
         seed=seed,
     )

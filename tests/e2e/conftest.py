@@ -105,6 +105,25 @@ def ppo_run(runs: Path, task: Path) -> Outcome:
     return outcome
 
 
+@pytest.fixture(scope="session")
+def dapo_run(runs: Path, task: Path) -> Outcome:
+    """DAPO: groups without signal are replaced, long responses pay, the upper clip bound is higher; two updates."""
+    outcome = run(
+        runs / "dapo",
+        *NO_VALIDATION,
+        "trainer.total_training_steps=2",
+        "algorithm.filter_groups.enable=true",
+        "algorithm.filter_groups.max_num_gen_batches=6",
+        "reward.overlong_buffer.len=2",
+        "reward.overlong_buffer.penalty_factor=0.5",
+        "actor_rollout_ref.actor.clip_ratio_high=0.28",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=32",
+        "actor_rollout_ref.rollout.n=4",
+    )
+    assert outcome.status == 0, outcome.told
+    return outcome
+
+
 def _two_sources(path: Path, task: Path) -> Path:
     """Held-out prompts of two data sources; the model has seen them, which is no matter here."""
     rows = read_jsonl(task / "train.jsonl")[:64]

@@ -91,9 +91,24 @@ def test_offloaded_models_come_back_for_each_use(ppo_run: Outcome) -> None:
     assert "memory/offloaded_bytes/actor_optimizer" in ppo_run.steps()[-1]
 
 
-def test_documented_and_logged_metrics_are_the_same(main_run: Outcome, frozen_run: Outcome, ppo_run: Outcome) -> None:
+def test_groups_that_teach_nothing_are_replaced(dapo_run: Outcome) -> None:
+    for record in dapo_run.steps():
+        assert record["filter_groups/without_signal"] > 0, (
+            "of 64 sums with four answers some are all right or all wrong"
+        )
+        assert record["filter_groups/generated"] >= 64 + record["filter_groups/without_signal"]
+        assert record["filter_groups/filled_up"] == 0
+        assert 2 <= record["filter_groups/rounds"] <= 6
+        assert record["reward/frac_zero_std_groups"] == 0
+        assert record["actor/num_updates"] == 2
+        assert record["perf/tokens"] > 0 and record["mismatch/logprob_abs_diff_mean"] < 1e-4
+
+
+def test_documented_and_logged_metrics_are_the_same(
+    main_run: Outcome, frozen_run: Outcome, ppo_run: Outcome, dapo_run: Outcome
+) -> None:
     documented = documented_metrics((ROOT / "docs" / "metrics.md").read_text())
-    records = [record for outcome in (main_run, frozen_run, ppo_run) for record in outcome.records()]
+    records = [record for outcome in (main_run, frozen_run, ppo_run, dapo_run) for record in outcome.records()]
     logged = {name for record in records for name in record} - {"step"}
     assert {name for name in logged if not is_documented(name, documented)} == set()
     patterns = {name for name in documented if any(is_documented(one, {name}) for one in logged)}
@@ -101,7 +116,9 @@ def test_documented_and_logged_metrics_are_the_same(main_run: Outcome, frozen_ru
     assert patterns >= PER_DATA_SOURCE
 
 
-def test_no_metric_is_ever_without_a_value(main_run: Outcome, frozen_run: Outcome, ppo_run: Outcome) -> None:
-    for outcome in (main_run, frozen_run, ppo_run):
+def test_no_metric_is_ever_without_a_value(
+    main_run: Outcome, frozen_run: Outcome, ppo_run: Outcome, dapo_run: Outcome
+) -> None:
+    for outcome in (main_run, frozen_run, ppo_run, dapo_run):
         for record in outcome.records():
             assert [name for name, value in record.items() if value is None] == []

@@ -68,6 +68,21 @@ def test_the_defaults_are_valid_and_quiet(base: list[str]) -> None:
             "set critic.ppo_mini_batch_size=256",
         ),
         (
+            ["reward.overlong_buffer.len=1000"],
+            "reward.overlong_buffer.len=1000: longer than data.max_response_length=512",
+            "e.g. 128, or to 0",
+        ),
+        (
+            ["algorithm.filter_groups.enable=true"],
+            f"algorithm.filter_groups.enable=true: compares the responses to one prompt, and {ROLLOUT}.n=1",
+            f"set {ROLLOUT}.n=8",
+        ),
+        (
+            ["algorithm.filter_groups.metric=acc"],
+            "algorithm.filter_groups.metric=acc: has no effect with algorithm.filter_groups.enable=false",
+            "set that to true, or the metric to null",
+        ),
+        (
             ["data.train_batch_size=8", f"{ACTOR}.ppo_mini_batch_size=4"],
             f"{ACTOR}.ppo_mini_batch_size=4: 4 sequences ({ROLLOUT}.n=1) for 8 devices",
             "use fewer devices",

@@ -49,7 +49,7 @@ def blocks(*, masked: bool = False) -> list[RolloutBlock]:
 def make_samples(*, masked: bool = False) -> Samples:
     """The blocks stand for their references."""
     made = blocks(masked=masked)
-    prompts = [Prompt(index=100 + g, token_ids=(g,) * (g + 1)) for g in range(3)]
+    prompts = {g: Prompt(index=100 + g, token_ids=(g,) * (g + 1)) for g in range(3)}
     given = [
         scores([1.0, 2.0, 3.0], {"format": [0.1, 0.2, 0.3]}),
         scores([6.0, 4.0, 5.0], {"answer": [0.6, 0.4, 0.5]}, ["", "timed out after 1 s", ""]),
@@ -78,7 +78,7 @@ def test_scores_follow_their_sequences_into_the_common_order() -> None:
 def test_a_replica_without_prompts_changes_nothing() -> None:
     made = [*blocks(), RolloutBlock.collate([])]
     given = [scores([1.0, 2.0, 3.0]), scores([6.0, 4.0, 5.0]), scores([])]
-    batch = Samples.join("k", [], tuple(made), [b.meta for b in made], given)
+    batch = Samples.join("k", {}, tuple(made), [b.meta for b in made], given)
     assert batch.rewards.tolist() == [1, 2, 3, 4, 5, 6]
 
 

@@ -53,10 +53,11 @@ class Advantages:
 
 @dataclass(frozen=True, slots=True)
 class Estimator:
-    """An advantage estimator and whether it needs a critic."""
+    """An advantage estimator, whether it needs a critic, and whether every prompt has to be answered greedily too."""
 
     fn: Callable[[AdvantageInput, AlgorithmConfig], Advantages]
     needs_values: bool
+    needs_baseline: bool = False
 
 
 def grpo(x: AdvantageInput, *, norm_by_std: bool) -> Advantages:

@@ -41,6 +41,7 @@ def _sleep_level(value: object) -> object:
 
 
 Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 MinusOneOrPositive = Annotated[int, AfterValidator(_minus_one_or_positive)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -292,6 +293,13 @@ class CustomRewardFunctionConfig(Section):
     name: Name
 
 
+class OverlongConfig(Section):
+    """`reward.overlong_buffer`: DAPO's length penalty."""
+
+    len: NotNegative
+    penalty_factor: PositiveFloat
+
+
 class RewardConfig(Section):
     """`reward`: how responses are scored."""
 
@@ -299,6 +307,7 @@ class RewardConfig(Section):
     timeout_s: PositiveFloat
     max_error_rate: Share
     custom_reward_function: CustomRewardFunctionConfig
+    overlong_buffer: OverlongConfig
 
 
 class KlCtrlConfig(Section):
@@ -308,6 +317,14 @@ class KlCtrlConfig(Section):
     kl_coef: NonNegativeFloat
     horizon: Positive
     target_kl: PositiveFloat
+
+
+class FilterGroupsConfig(Section):
+    """`algorithm.filter_groups`: DAPO's dynamic sampling."""
+
+    enable: bool
+    metric: str | None
+    max_num_gen_batches: Positive
 
 
 class AlgorithmConfig(Section):
@@ -320,6 +337,7 @@ class AlgorithmConfig(Section):
     use_kl_in_reward: bool
     kl_penalty: KlKind
     kl_ctrl: KlCtrlConfig
+    filter_groups: FilterGroupsConfig
 
 
 class TrainerConfig(Section):

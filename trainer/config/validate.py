@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from itertools import combinations
 from pathlib import Path
 
+from trainer.config.collecting import collecting_problems
 from trainer.config.devices import parse_device_mapping
 from trainer.config.errors import UserError, raise_problems, show
 from trainer.config.inputs import check_model_path, check_reward_function, find_data_files
@@ -303,5 +304,6 @@ _KEY_CHECKS = (
     _megatron,
     _tensor_parallel,
     _algorithm,
+    collecting_problems,
     _run,
 )

@@ -1,0 +1,177 @@
+"""What a step trains on: groups without signal are replaced, within bounds; long responses pay; greedy baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trainer.collect import Collector, GroupFilter, Overlong
+from trainer.data.order import PromptOrder
+from trainer.samples import Samples
+from trainer.scoring import RewardErrorRate
+from workers.protocol import Prompt, RolloutBlock, Scores, Trajectory
+from workers.rollout.spec import SamplingSpec
+
+N = 2
+SAMPLING = SamplingSpec(N, 1.0, 1.0, -1, 8, False, stop_token_ids=(), logprobs="none")
+PROMPTS = [Prompt(index=i, token_ids=(i,)) for i in range(40)]
+Rewards = Callable[[int], Sequence[float]]
+"""Rewards of the responses to the prompt of this index; NaN: the reward function failed."""
+
+
+class Recorded:
+    """Answers with rewards that are known beforehand, and remembers what it was asked."""
+
+    def __init__(self, rewards: Rewards, parts: Rewards | None = None, length: int = 3) -> None:
+        self.calls: list[tuple[list[int], dict[str, Any]]] = []
+        self.is_asleep = False
+        self._rewards, self._parts, self._length = rewards, parts, length
+
+    def generate(
+        self, key: str, prompts: Sequence[Prompt], sampling: SamplingSpec, *, first_group: int = 0, **options: Any
+    ) -> Samples:
+        self.calls.append(([p.index for p in prompts], options | {"n": sampling.n, "key": key}))
+        self.is_asleep = self.is_asleep or options["sleep"]
+        trajectories = [
+            Trajectory(first_group + i, s, p.token_ids, (1,) * self._length, "stop", weight_version=1)
+            for i, p in enumerate(prompts)
+            for s in range(sampling.n)
+        ]
+        values = [r for p in prompts for r in list(self._rewards(p.index))[: sampling.n]]
+        errors = tuple("failed" if np.isnan(v) else "" for v in values)
+        parts = {} if self._parts is None else {"acc": [r for p in prompts for r in self._parts(p.index)]}
+        arrays = {name: np.array(v, dtype=np.float32) for name, v in parts.items()}
+        block = RolloutBlock.collate(trajectories)
+        scores = Scores(np.array(values, dtype=np.float32), arrays, errors)
+        return Samples.join(key, dict(enumerate(prompts, first_group)), (block,), [block.meta], [scores])
+
+    def sleep(self) -> None:
+        self.is_asleep = True
+
+
+def collect(source: Recorded, *, batch_size: int = 4, **settings: Any) -> tuple[Samples, dict[str, float]]:
+    collector = Collector(
+        source,  # type: ignore[arg-type]
+        PROMPTS,
+        SAMPLING,
+        lambda name: nullcontext(),  # type: ignore[arg-type]
+        batch_size=batch_size,
+        max_error_rate=settings.pop("max_error_rate", 1.0),
+        groups=settings.pop("groups", None),
+        overlong=settings.pop("overlong", None),
+        greedy_baseline=settings.pop("greedy_baseline", False),
+    )
+    assert not settings
+    return collector.collect(PromptOrder(len(PROMPTS), seed=0, shuffle=False), 7)
+
+
+def indices(samples: Samples) -> list[int]:
+    """Prompt of every row, by its index in the data."""
+    return [samples.prompts[int(g)].index for g in samples.meta.group]
+
+
+def every_third(index: int) -> list[float]:
+    return [1.0, 0.0] if index % 3 == 0 else [1.0, 1.0]
+
+
+def test_without_a_filter_a_step_takes_what_comes() -> None:
+    source = Recorded(every_third)
+    samples, metrics = collect(source)
+    assert indices(samples) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert metrics == {"reward/errors": 0, "reward/error_rate": 0}
+    assert [options["seed"] for _, options in source.calls] == [(0, 7)] and source.is_asleep
+
+
+def test_groups_without_signal_are_replaced() -> None:
+    source = Recorded(every_third)
+    samples, metrics = collect(source, groups=GroupFilter(None, 10))
+    assert indices(samples) == [0, 0, 3, 3, 6, 6, 9, 9]
+    assert samples.rewards.tolist() == [1, 0] * 4
+    asked = [rows for rows, _ in source.calls]
+    assert asked == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]], "2 of 4 were of use: 4 for 2 more; 3 of 8: 3 for 1"
+    assert len({str(options["seed"]) for _, options in source.calls}) == 3, "no round repeats another's chance"
+    assert metrics == {
+        "reward/errors": 0,
+        "reward/error_rate": 0,
+        "filter_groups/rounds": 3,
+        "filter_groups/generated": 11,
+        "filter_groups/without_signal": 7,
+        "filter_groups/filled_up": 0,
+    }
+    assert not any(options["sleep"] for _, options in source.calls) and source.is_asleep, "asleep once, at the end"
+
+
+def test_every_response_keeps_its_own_tokens() -> None:
+    samples, _ = collect(Recorded(every_third), groups=GroupFilter(None, 10))
+    prompts = [int(samples.blocks[b].prompts()[r][0]) for b, r in samples.where]
+    assert prompts == indices(samples)
+
+
+def test_what_is_missing_after_the_last_round_is_filled_up() -> None:
+    samples, metrics = collect(Recorded(every_third), groups=GroupFilter(None, 1))
+    assert indices(samples) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert (metrics["filter_groups/rounds"], metrics["filter_groups/filled_up"]) == (1, 2)
+
+
+def test_a_task_that_is_solved_still_makes_a_batch() -> None:
+    samples, metrics = collect(Recorded(lambda _: [1.0, 1.0]), groups=GroupFilter(None, 3))
+    assert indices(samples) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert (metrics["filter_groups/generated"], metrics["filter_groups/filled_up"]) == (12, 4)
+
+
+def test_a_part_of_the_reward_can_decide() -> None:
+    source = Recorded(lambda index: [0.1 * index, 0.5], parts=every_third)
+    samples, _ = collect(source, groups=GroupFilter("acc", 10))
+    assert indices(samples) == [0, 0, 3, 3, 6, 6, 9, 9]
+    with pytest.raises(ValueError, match=r"algorithm\.filter_groups\.metric=f1.*\(it gives: acc\)"):
+        collect(Recorded(every_third, parts=every_third), groups=GroupFilter("f1", 10))
+
+
+def test_failed_rewards_are_no_signal_and_are_counted() -> None:
+    def rewards(index: int) -> list[float]:
+        return [1.0, float("nan")] if index == 0 else [1.0, 0.0]
+
+    samples, metrics = collect(Recorded(rewards), groups=GroupFilter(None, 10))
+    assert indices(samples) == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert metrics["reward/errors"] == 1
+    assert metrics["reward/error_rate"] == pytest.approx(1 / 12)
+    with pytest.raises(RewardErrorRate):
+        collect(Recorded(rewards), groups=GroupFilter(None, 10), max_error_rate=0.1)
+
+
+@pytest.mark.parametrize(("length", "penalty"), [(0, 0), (60, 0), (61, -0.05), (70, -0.5), (80, -1), (90, -1)])
+def test_overlong_punishment_is_the_papers(length: int, penalty: float) -> None:
+    """Equation 13 of https://arxiv.org/abs/2503.14476 with L_max = 80 and L_cache = 20."""
+    assert Overlong(80, 20, 1.0).penalty(np.array([length])) == pytest.approx(penalty)
+    assert Overlong(80, 20, 0.3).penalty(np.array([length])) == pytest.approx(0.3 * penalty)
+
+
+def test_the_filter_sees_rewards_before_they_are_punished() -> None:
+    source = Recorded(every_third, length=6)
+    samples, metrics = collect(source, groups=GroupFilter(None, 10), overlong=Overlong(8, 4, 1.0))
+    assert indices(samples) == [0, 0, 3, 3, 6, 6, 9, 9]
+    assert samples.rewards.tolist() == [0.5, -0.5] * 4
+    assert (metrics["reward/overlong_penalty"], metrics["reward/overlong_ratio"]) == (-0.5, 1)
+
+
+def test_every_prompt_gets_a_greedy_baseline() -> None:
+    def rewards(index: int) -> list[float]:
+        return [float("nan") if index == 2 and source.is_second else float(index), 0.5]
+
+    class Second(Recorded):
+        @property
+        def is_second(self) -> bool:
+            return len(self.calls) == 2
+
+    source = Second(rewards)
+    samples, metrics = collect(source, greedy_baseline=True)
+    assert indices(samples) == [0, 0, 1, 1, 3, 3], "prompt 2 has nothing to compare with"
+    assert samples.baseline is not None and samples.baseline.tolist() == [0, 0, 1, 1, 3, 3]
+    assert metrics["reward/errors"] == 1
+    (_, first), (asked, second) = source.calls
+    assert (first["n"], second["n"], asked) == (N, 1, [0, 1, 2, 3])
+    assert (first["sleep"], second["sleep"]) == (False, True)

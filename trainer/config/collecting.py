@@ -1,0 +1,28 @@
+"""Checks of how a step comes by its samples: dynamic sampling, punished length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from trainer.config.schema import Config
+
+
+def collecting_problems(cfg: Config) -> Iterator[str]:
+    """What contradicts each other."""
+    length, buffer = cfg.data.max_response_length, cfg.reward.overlong_buffer.len
+    if buffer > length:
+        yield (
+            f"reward.overlong_buffer.len={buffer}: longer than data.max_response_length={length}, so every response "
+            f"would be punished; set it to a part of that, e.g. {max(1, length // 4)}, or to 0"
+        )
+    n = cfg.actor_rollout_ref.rollout.n
+    if cfg.algorithm.filter_groups.enable and n == 1:
+        yield (
+            "algorithm.filter_groups.enable=true: compares the responses to one prompt, and "
+            "actor_rollout_ref.rollout.n=1; set actor_rollout_ref.rollout.n=8, for example, or leave it off"
+        )
+    if cfg.algorithm.filter_groups.metric is not None and not cfg.algorithm.filter_groups.enable:
+        yield (
+            f"algorithm.filter_groups.metric={cfg.algorithm.filter_groups.metric}: has no effect with "
+            "algorithm.filter_groups.enable=false; set that to true, or the metric to null"
+        )
