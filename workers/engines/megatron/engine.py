@@ -16,20 +16,18 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
-from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
-from torch.distributed.device_mesh import DeviceMesh
 
 from workers.batch import Batch, MicroBatch
 from workers.engines.base import EngineSpec, Loss, MicroBatches, StepResult, Update
 from workers.engines.flash import use_installed
 from workers.engines.logprobs import CHUNK_BYTES
-from workers.engines.megatron import groups, shim
-from workers.engines.megatron.architectures import check, items
-from workers.engines.megatron.checkpoint import as_state, save_copy
-from workers.engines.megatron.convert import Checkpoint, Place, fill_gaps, held, parameters_of, parts
+from workers.engines.megatron import groups, shim, slices
+from workers.engines.megatron.architectures import Item, check, items
+from workers.engines.megatron.checkpoint import save_copy
+from workers.engines.megatron.convert import Checkpoint, Held, Place, fill_gaps, held, owned, parameters_of, parts
 from workers.engines.megatron.model import Stage, padded, transformer_config
-from workers.engines.megatron.optimizer import Gradients, MasterAdamW, clip_scale, gradient_norm
+from workers.engines.megatron.optimizer import Gradients, ShardedAdamW, clip_scale, gradient_norm
+from workers.engines.megatron.slices import Slice
 from workers.engines.models import hf_config
 from workers.engines.optimizer import learning_rate
 from workers.engines.recompute import WORKING_LAYERS
@@ -77,15 +75,16 @@ class MegatronEngine:
         self._is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         self.holds_outputs = self._is_last_stage and self._place.tensor_rank == 0
         self.parts = {"weights": Part(lambda: [p.detach() for p in self._parameters.values()])}
+        fill_gaps(self._parameters)
         self._training = _Training(self._config, stages, self._parameters, spec) if spec.optimizer else None
         self._num_updates = 0
         if self._training is not None:
             self._chunks = self._training.chunks
             self.parts["optimizer"] = Part(self._training.optimizer.tensors, self._training.optimizer.missing_bytes)
-        fill_gaps(self._stored)
-        Checkpoint(Path(spec.model_path)).read(held(self._items, self._stored, self._place))
+        self._held = held(self._items, self._parameters, self._place)
+        Checkpoint(Path(spec.model_path)).read(self._weights(self._held))
         # views are made once, as none can be made of weights that are away
-        self._exported = tuple(parts(self._items, held(self._items, self._parameters, self._place), self._place))
+        self._exported = tuple(parts(self._items, self._held, self._place))
         self._publish()
 
     def forward(self, batch: Batch, micro_batches: MicroBatches, *, temperature: float) -> Tensor:
@@ -117,7 +116,7 @@ class MegatronEngine:
         todo = [(rows, lose) for rows in self._even(update.micro_batches)]
         with training.gradients:
             self._run(batch, todo, update.norm, temperature, entropy=entropy, forward_only=False)
-            grad_norm = gradient_norm(self._own_gradients(), parallel_state.get_model_parallel_group())
+            grad_norm = gradient_norm(self._own_gradients(), _world())
             skipped = not math.isfinite(grad_norm)
             lr = learning_rate(settings, self._num_updates)
             if not skipped:
@@ -144,46 +143,52 @@ class MegatronEngine:
         return iter(self._exported)
 
     def save(self, directory: Path) -> None:
-        """Model, optimizer and update counter under Hugging Face names, by torch.distributed.checkpoint."""
+        """Model, optimizer and update counter under Hugging Face names; each rank writes what its optimizer owns."""
         groups.use(self._spec.parallel)
-        save_sharded(self._state(), checkpoint_id=directory, process_group=_world())
+        own = [part for part in self._held if self._is_own(part.item)]
+        slices.write(directory, [*self._state(own), *self._counts().values()], _world())
 
     def load(self, directory: Path) -> None:
         """Takes back what `save` wrote, under any number of ranks and however the model is cut."""
         groups.use(self._spec.parallel)
-        state = self._state()
-        load_sharded(state, checkpoint_id=directory, process_group=_world())
-        self._num_updates = int(state["num_updates"].item())
+        counts = self._counts()
+        slices.read(directory, [*self._state(self._held), *counts.values()], _world())
+        self._num_updates = int(counts["num_updates"].local)
         if self._training is not None:
-            self._training.optimizer.num_steps = int(state["num_steps"].item())
+            self._training.optimizer.num_steps = int(counts["num_steps"].local)
         self._publish()
 
     def save_hf(self, directory: Path) -> None:
         """Hugging Face checkpoint (config and safetensors) in the dtype the model computes in, written by rank 0."""
         save_copy(directory, self._hf, Path(self._spec.model_path), self.export_weights())
 
-    @property
-    def _stored(self) -> Mapping[str, Tensor]:
-        """Where weights are kept to full precision."""
-        return self._training.optimizer.masters if self._training else self._parameters
-
     def _publish(self) -> None:
         if self._training is not None:
             self._training.optimizer.publish()
 
-    def _state(self) -> dict[str, Any]:
-        """Shares memory with the engine: loading into it is loading."""
-        mesh = DeviceMesh.from_group(parallel_state.get_tensor_model_parallel_group(), self._device.type)
-
-        def named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return as_state(held(self._items, tensors, self._place), mesh)
-
-        state: dict[str, Any] = {"model": named(self._stored), "num_updates": torch.tensor(self._num_updates)}
+    def _weights(self, mine: Sequence[Held]) -> Iterator[Slice]:
+        """Where weights are kept to full precision: by this rank's optimizer, or in the parameters."""
         if self._training is None:
-            return state
-        optimizer = self._training.optimizer
-        moments = {name: named(optimizer.state(name)) for name in ("exp_avg", "exp_avg_sq")}
-        return state | {"optimizer": moments, "num_steps": torch.tensor(optimizer.num_steps)}
+            return (part.slice for part in mine)
+        return self._owned(mine, self._training.optimizer.masters)
+
+    def _owned(self, mine: Sequence[Held], tensors: Sequence[Tensor]) -> Iterator[Slice]:
+        assert self._training is not None
+        return owned(mine, self._parameters, self._training.optimizer.segments, tensors)
+
+    def _state(self, mine: Sequence[Held]) -> Iterator[Slice]:
+        """Shares memory with the engine: loading into it is loading."""
+        found = {"model": self._weights(mine)}
+        if self._training is not None:
+            for moment in ("exp_avg", "exp_avg_sq"):
+                found[f"optimizer.{moment}"] = self._owned(mine, self._training.optimizer.state(moment))
+        return (part._replace(name=f"{key}.{part.name}") for key, parts in found.items() for part in parts)
+
+    def _counts(self) -> dict[str, Slice]:
+        counts = {"num_updates": self._num_updates}
+        if self._training is not None:
+            counts["num_steps"] = self._training.optimizer.num_steps
+        return {name: Slice(name, torch.tensor([count]), (0,), (1,)) for name, count in counts.items()}
 
     def _run(
         self,
@@ -230,9 +235,14 @@ class MegatronEngine:
         return padded(micro, self._config.tensor_model_parallel_size) if self._config.sequence_parallel else micro
 
     def _own_gradients(self) -> list[Tensor]:
-        """Those that no other rank of this rank's model-parallel group has."""
-        own = {i.parameter for i in self._items if not i.is_copy and (i.cut is not None or not self._place.tensor_rank)}
-        return [p.main_grad for name, p in self._parameters.items() if name in own]  # type: ignore[attr-defined]
+        """Those that no other rank has."""
+        assert self._training is not None
+        own = {item.parameter for item in self._items if self._is_own(item)}
+        return [s.gradient for s in self._training.optimizer.segments if s.parameter in own]
+
+    def _is_own(self, item: Item) -> bool:
+        """Whether no other rank of this rank's model-parallel group has the same, should this rank have it."""
+        return not item.is_copy and (item.cut is not None or not self._place.tensor_rank)
 
     def _most_tokens(self, batch: Batch, micro_batches: MicroBatches) -> int:
         tokens = (batch.packed_tokens(rows, share_prompt=self._spec.share_prompt) for rows in micro_batches)
@@ -261,11 +271,19 @@ class _Training:
         spec: EngineSpec,
     ) -> None:
         assert spec.optimizer is not None
-        reduction = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+        for stage in stages:
+            if stage.share_embeddings_and_output_weights and (stage.pre_process or stage.post_process):
+                # a bucket by itself, which is divided alike on first and last stage: their gradients are added up
+                stage.shared_embedding_or_output_weight().shared_embedding = True  # type: ignore[attr-defined]
+        reduction = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=True
+        )
         config.finalize_model_grads_func = _sum_gradients
         self.chunks = [DistributedDataParallel(config, reduction, stage) for stage in stages]
+        self.optimizer = ShardedAdamW(
+            self.chunks, parameters, spec.optimizer, getattr(torch, spec.sharding.master_dtype)
+        )
         self.gradients = Gradients(self.chunks)
-        self.optimizer = MasterAdamW(parameters, spec.optimizer, getattr(torch, spec.sharding.master_dtype))
 
 
 def _sum_gradients(chunks: list[nn.Module], _: Tensor | None, **options: Any) -> None:
