@@ -52,6 +52,9 @@ WAYS = [
     Way("prompts not shared", "solo", ParallelSpec(), spec={"share_prompt": False}),
     Way("tensor parallel pipeline", "quad", ParallelSpec(tensor=2, pipeline=2, sequence=True), "qwen3"),
     Way("data parallel pipeline", "quad", ParallelSpec(pipeline=2), "qwen2", True, TWO),
+    Way("data parallel tensor parallel", "quad", ParallelSpec(tensor=2), "qwen2", True, TWO),
+    Way("data parallel sequence parallel", "quad", ParallelSpec(tensor=2, sequence=True), "qwen3", False, TWO),
+    Way("data parallel interleaved", "quad", ParallelSpec(pipeline=2, virtual_pipeline=2), "deep", True, TWO),
     Way("long pipeline", "quad", ParallelSpec(pipeline=4), "deep", False, MANY),
 ]
 

@@ -49,6 +49,8 @@ def part_of(whole: Slice, within: int, elements: Tensor, first: int) -> Iterator
     whole: all that the parameter has of the tensor, a view of it; within: where in the parameter the view begins.
     elements: [num_elements] of the parameter or of something that has its shape, `first` the first of them.
     """
+    if not whole.local.numel():
+        return
     rows, columns = whole.local.shape if whole.local.ndim == 2 else (1, whole.local.shape[0])
     stride = whole.local.stride(0) if whole.local.ndim == 2 else columns
     assert whole.local.stride(-1) == 1, "rows of parameters lie in one piece"
