@@ -22,9 +22,9 @@ from workers.engines.base import EngineSpec, Loss, MicroBatches, StepResult, Upd
 from workers.engines.flash import use_installed
 from workers.engines.logprobs import CHUNK_BYTES
 from workers.engines.megatron import groups, shim, slices
-from workers.engines.megatron.architectures import Item, check, items
+from workers.engines.megatron.architectures import check, items
 from workers.engines.megatron.checkpoint import save_copy
-from workers.engines.megatron.convert import Checkpoint, Held, Place, fill_gaps, held, owned, parameters_of, parts
+from workers.engines.megatron.convert import Checkpoint, Place, fill_gaps, held, owned, parameters_of, parts
 from workers.engines.megatron.model import Stage, padded, transformer_config
 from workers.engines.megatron.optimizer import Gradients, ShardedAdamW, clip_scale, gradient_norm
 from workers.engines.megatron.slices import Slice
@@ -82,7 +82,7 @@ class MegatronEngine:
             self._chunks = self._training.chunks
             self.parts["optimizer"] = Part(self._training.optimizer.tensors, self._training.optimizer.missing_bytes)
         self._held = held(self._items, self._parameters, self._place)
-        Checkpoint(Path(spec.model_path)).read(self._weights(self._held))
+        Checkpoint(Path(spec.model_path)).read(self._weights())
         # views are made once, as none can be made of weights that are away
         self._exported = tuple(parts(self._items, self._held, self._place))
         self._publish()
@@ -145,14 +145,13 @@ class MegatronEngine:
     def save(self, directory: Path) -> None:
         """Model, optimizer and update counter under Hugging Face names; each rank writes what its optimizer owns."""
         groups.use(self._spec.parallel)
-        own = [part for part in self._held if self._is_own(part.item)]
-        slices.write(directory, [*self._state(own), *self._counts().values()], _world())
+        slices.write(directory, [*self._state(), *self._counts().values()], _world())
 
     def load(self, directory: Path) -> None:
         """Takes back what `save` wrote, under any number of ranks and however the model is cut."""
         groups.use(self._spec.parallel)
         counts = self._counts()
-        slices.read(directory, [*self._state(self._held), *counts.values()], _world())
+        slices.read(directory, [*self._state(), *counts.values()], _world())
         self._num_updates = int(counts["num_updates"].local)
         if self._training is not None:
             self._training.optimizer.num_steps = int(counts["num_steps"].local)
@@ -166,22 +165,22 @@ class MegatronEngine:
         if self._training is not None:
             self._training.optimizer.publish()
 
-    def _weights(self, mine: Sequence[Held]) -> Iterator[Slice]:
+    def _weights(self) -> Iterator[Slice]:
         """Where weights are kept to full precision: by this rank's optimizer, or in the parameters."""
         if self._training is None:
-            return (part.slice for part in mine)
-        return self._owned(mine, self._training.optimizer.masters)
+            return (part.slice for part in self._held)
+        return self._owned(self._training.optimizer.masters)
 
-    def _owned(self, mine: Sequence[Held], tensors: Sequence[Tensor]) -> Iterator[Slice]:
+    def _owned(self, tensors: Sequence[Tensor]) -> Iterator[Slice]:
         assert self._training is not None
-        return owned(mine, self._parameters, self._training.optimizer.segments, tensors)
+        return owned(self._held, self._parameters, self._training.optimizer.segments, tensors)
 
-    def _state(self, mine: Sequence[Held]) -> Iterator[Slice]:
+    def _state(self) -> Iterator[Slice]:
         """Shares memory with the engine: loading into it is loading."""
-        found = {"model": self._weights(mine)}
+        found = {"model": self._weights()}
         if self._training is not None:
             for moment in ("exp_avg", "exp_avg_sq"):
-                found[f"optimizer.{moment}"] = self._owned(mine, self._training.optimizer.state(moment))
+                found[f"optimizer.{moment}"] = self._owned(self._training.optimizer.state(moment))
         return (part._replace(name=f"{key}.{part.name}") for key, parts in found.items() for part in parts)
 
     def _counts(self) -> dict[str, Slice]:
@@ -237,12 +236,8 @@ class MegatronEngine:
     def _own_gradients(self) -> list[Tensor]:
         """Those that no other rank has."""
         assert self._training is not None
-        own = {item.parameter for item in self._items if self._is_own(item)}
+        own = {i.parameter for i in self._items if not i.is_copy and (i.cut is not None or not self._place.tensor_rank)}
         return [s.gradient for s in self._training.optimizer.segments if s.parameter in own]
-
-    def _is_own(self, item: Item) -> bool:
-        """Whether no other rank of this rank's model-parallel group has the same, should this rank have it."""
-        return not item.is_copy and (item.cut is not None or not self._place.tensor_rank)
 
     def _most_tokens(self, batch: Batch, micro_batches: MicroBatches) -> int:
         tokens = (batch.packed_tokens(rows, share_prompt=self._spec.share_prompt) for rows in micro_batches)
