@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import tee
 from pathlib import Path
@@ -75,12 +75,12 @@ class MegatronEngine:
         self._is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         self.holds_outputs = self._is_last_stage and self._place.tensor_rank == 0
         self.parts = {"weights": Part(lambda: [p.detach() for p in self._parameters.values()])}
-        fill_gaps(self._parameters)
         self._training = _Training(self._config, stages, self._parameters, spec) if spec.optimizer else None
         self._num_updates = 0
         if self._training is not None:
             self._chunks = self._training.chunks
             self.parts["optimizer"] = Part(self._training.optimizer.tensors, self._training.optimizer.missing_bytes)
+        fill_gaps(self._parameters)
         self._held = held(self._items, self._parameters, self._place)
         Checkpoint(Path(spec.model_path)).read(self._weights())
         # views are made once, as none can be made of weights that are away
@@ -266,6 +266,7 @@ class _Training:
         spec: EngineSpec,
     ) -> None:
         assert spec.optimizer is not None
+        _release(parameters.values())
         for stage in stages:
             if stage.share_embeddings_and_output_weights and (stage.pre_process or stage.post_process):
                 # a bucket by itself, which is divided alike on first and last stage: their gradients are added up
@@ -279,6 +280,14 @@ class _Training:
             self.chunks, parameters, spec.optimizer, getattr(torch, spec.sharding.master_dtype)
         )
         self.gradients = Gradients(self.chunks)
+
+
+def _release(parameters: Iterable[nn.Parameter]) -> None:
+    """Leaves one zero for all elements: Megatron copies parameters into its buffers, and nothing is in them yet."""
+    for parameter in parameters:
+        shape = parameter.shape
+        parameter.data = torch.empty_strided(shape, [0] * len(shape), dtype=parameter.dtype, device=parameter.device)
+        parameter.data.zero_()
 
 
 def _sum_gradients(chunks: list[nn.Module], _: Tensor | None, **options: Any) -> None:
