@@ -164,13 +164,21 @@ def test_replicas_are_alike_to_the_last_bit(
         assert built != stepped != again
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "master"), [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
+)
 @pytest.mark.parametrize(("world", "parallel"), REPLICATED)
 def test_continuing_is_exact(
-    world: str, parallel: ParallelSpec, dtype: str, qwen2: Path, tmp_path: Path, request: pytest.FixtureRequest
+    world: str,
+    parallel: ParallelSpec,
+    dtype: str,
+    master: str,
+    qwen2: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     ranks: Pair | Quad = request.getfixturevalue(world)
-    job = Job(spec_of(qwen2, parallel, dtype=dtype), TABLE, TWO, save=tmp_path)
+    job = Job(spec_of(qwen2, parallel, dtype=dtype, master_dtype=master), TABLE, TWO, save=tmp_path)
     expected = ranks.run(train, replace(job, steps=3, save=None))
     ranks.run(train, replace(job, steps=1))
     continued = ranks.run(train, replace(job, steps=2, load=tmp_path, save=None))
