@@ -1,4 +1,4 @@
-"""TrainEngine on Megatron-core: dense decoders cut by tensor, pipeline and sequence, packed micro-batches."""
+"""TrainEngine on Megatron-core: decoders cut by tensor, pipeline, expert and sequence, packed micro-batches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from workers.engines.base import EngineSpec, Loss, MicroBatches, StepResult, Upd
 from workers.engines.flash import use_installed
 from workers.engines.logprobs import CHUNK_BYTES
 from workers.engines.megatron import groups, shim
-from workers.engines.megatron.architectures import check, items
+from workers.engines.megatron.architectures import Item, check, experts_of, items
 from workers.engines.megatron.checkpoint import as_state, save_copy
 from workers.engines.megatron.convert import Checkpoint, Place, fill_gaps, held, parameters_of, parts
 from workers.engines.megatron.model import Stage, padded, transformer_config
@@ -71,9 +71,10 @@ class MegatronEngine:
         stages = [Stage(self._hf, self._config, spec.head, chunk).to(device) for chunk in chunks]
         self._chunks: Sequence[nn.Module] = [stage.train(spec.optimizer is not None) for stage in stages]
         self._layers = [layer for stage in stages for layer in stage.decoder.layers]
-        self._parameters = parameters_of(stages)
+        self._place, self._experts = _place(), experts_of(self._hf)
+        per_rank = self._experts.number // spec.parallel.expert if self._experts else 0
+        self._parameters = parameters_of(stages, self._place.expert_rank * per_rank)
         self._items = list(items(self._hf, spec.head))
-        self._place = _place()
         self._is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         self.holds_outputs = self._is_last_stage and self._place.tensor_rank == 0
         self.parts = {"weights": Part(lambda: [p.detach() for p in self._parameters.values()])}
@@ -117,7 +118,8 @@ class MegatronEngine:
         todo = [(rows, lose) for rows in self._even(update.micro_batches)]
         with training.gradients:
             self._run(batch, todo, update.norm, temperature, entropy=entropy, forward_only=False)
-            grad_norm = gradient_norm(self._own_gradients(), parallel_state.get_model_parallel_group())
+            one_model = parallel_state.get_expert_tensor_model_pipeline_parallel_group()
+            grad_norm = gradient_norm(self._own_gradients(), one_model)
             skipped = not math.isfinite(grad_norm)
             lr = learning_rate(settings, self._num_updates)
             if not skipped:
@@ -230,8 +232,14 @@ class MegatronEngine:
         return padded(micro, self._config.tensor_model_parallel_size) if self._config.sequence_parallel else micro
 
     def _own_gradients(self) -> list[Tensor]:
-        """Those that no other rank of this rank's model-parallel group has."""
-        own = {i.parameter for i in self._items if not i.is_copy and (i.cut is not None or not self._place.tensor_rank)}
+        """Those that no other rank has of the ranks that hold one model, each expert once."""
+        place = self._place
+
+        def is_own(item: Item) -> bool:
+            is_first = (item.cut is not None or not place.tensor_rank) and (item.is_expert or not place.expert_rank)
+            return is_first and not item.is_copy
+
+        own = {item.parameter for item in self._items if is_own(item)}
         return [p.main_grad for name, p in self._parameters.items() if name in own]  # type: ignore[attr-defined]
 
     def _most_tokens(self, batch: Batch, micro_batches: MicroBatches) -> int:
@@ -240,7 +248,14 @@ class MegatronEngine:
 
     def _layer_bytes(self) -> int:
         """Activations of one layer per token: what goes into matrix products and comes out of them."""
-        return self._itemsize * sum(sum(p.shape) for p in self._layers[0].parameters() if p.ndim == 2)
+        return self._itemsize * max(self._row_size(layer) for layer in self._layers)
+
+    def _row_size(self, layer: nn.Module) -> int:
+        """Numbers. A token goes through some of the experts, which are all of one size."""
+        size = {name: sum(p.shape) for name, p in layer.named_parameters() if p.ndim == 2}
+        one_expert = sum(n for name, n in size.items() if ".local_experts.0." in name)
+        rest = sum(n for name, n in size.items() if ".local_experts." not in name)
+        return rest + one_expert * (self._experts.per_token if self._experts else 0)
 
     def _logits_bytes(self) -> int:
         """What log-probs take: chunks of logits, and the gradient of the output layer."""
@@ -279,6 +294,7 @@ def _place() -> Place:
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_data_parallel_rank(),
         parallel_state.get_data_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_world_size(),
     )
 
 

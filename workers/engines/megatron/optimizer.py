@@ -25,7 +25,8 @@ class Gradients:
 
     def __init__(self, chunks: Sequence[DistributedDataParallel]) -> None:
         self._chunks = chunks
-        self._storages = [buffer.grad_data.untyped_storage() for chunk in chunks for buffer in chunk.buffers]
+        buffers = (buffer for chunk in chunks for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers])
+        self._storages = [buffer.grad_data.untyped_storage() for buffer in buffers]
         self._sizes = [storage.nbytes() for storage in self._storages]
         self._free()
 
