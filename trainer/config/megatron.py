@@ -49,8 +49,8 @@ def _sizes(role: TrainingRole, megatron: RefMegatronConfig, num_devices: int) ->
     ep, dp = megatron.expert_model_parallel_size, num_devices // per_model
     if num_devices % per_model == 0 and dp % ep:
         yield (
-            f"{key}.expert_model_parallel_size={ep}: data-parallel devices divide the experts, and {ep} does not divide "
-            f"the {dp} of {role.key}; set it to a divisor of {dp}"
+            f"{key}.expert_model_parallel_size={ep}: experts are spread over data-parallel devices, and {ep} does not "
+            f"divide the {dp} of {role.key}; set it to a divisor of {dp}"
         )
     if megatron.context_parallel_size != 1:
         size = megatron.context_parallel_size

@@ -6,7 +6,6 @@ pads (without Transformer Engine), and knows positions by the order of rows, whi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -178,8 +177,10 @@ class Stage(MegatronModule):  # type: ignore[misc]
         """Of the rows that this rank's layers work on."""
         if micro.routing is None or not self.config.sequence_parallel:
             return micro.routing
-        parts: Sequence[Tensor] = micro.routing.chunk(self.config.tensor_model_parallel_size)
-        return parts[parallel_state.get_tensor_model_parallel_rank()]
+        mine: Tensor = micro.routing.chunk(self.config.tensor_model_parallel_size)[
+            parallel_state.get_tensor_model_parallel_rank()
+        ]
+        return mine
 
     def _logprobs(
         self, hidden: Tensor, micro: MicroBatch, temperature: float, entropy: bool
