@@ -62,8 +62,8 @@ class MicroBatch:
     tokens: tensordict [R] with the per-token fields losses use (loss_mask, advantages, ...).
     num_sequences: of this micro-batch.
     norm: global counts of the mini-batch this is a part of.
-    routing: [num_tokens, num_layers, experts per token] int64, the experts that each packed row goes to in each layer;
-        CHOOSE: the router chooses. None: everywhere. (Nothing sets it yet; see docs/routing_replay.md.)
+    routing: [num_tokens, num_layers, experts per token] integers, the experts that each packed row goes to in each
+        layer; CHOOSE: the router chooses. None: everywhere. (Nothing sets it yet; see docs/routing_replay.md.)
     """
 
     input_ids: Tensor

@@ -129,7 +129,7 @@ def told(micro: MicroBatch) -> Tensor:
     """A routing of the micro-batch's rows, at random; every third is the router's own affair."""
     generator = torch.Generator().manual_seed(7)
     size = (len(micro.input_ids), LAYERS, EXPERTS)
-    routing = torch.rand(size, generator=generator).argsort(-1)[..., :2]
+    routing = torch.rand(size, generator=generator).argsort(-1)[..., :2].short()
     routing[::3] = CHOOSE
     return routing
 
@@ -150,7 +150,7 @@ def train_as_told(mesh: DeviceMesh, job: Job) -> Answer:
         nonlocal num_calls
         logits, _, chosen = choose(router, hidden)
         routing, num_calls = given[:, num_calls % LAYERS], num_calls + 1
-        chosen = torch.where(routing == CHOOSE, chosen, routing)
+        chosen = torch.where(routing == CHOOSE, chosen, routing.long())
         shares = F.softmax(logits, dim=-1).gather(-1, chosen)
         return logits, shares / shares.sum(-1, keepdim=True), chosen
 

@@ -107,6 +107,12 @@ def test_what_divides_is_fine(parallel: ParallelSpec) -> None:
         (mixtral(), ParallelSpec(tensor=2, sequence=True, expert=2), ["tensor_model_parallel_size=2, not both yet"]),
         (mixtral(router_jitter_noise=0.1), ParallelSpec(), ["does not support mixtral with router_jitter_noise=0.1"]),
         (qwen3_moe(moe_intermediate_size=9), ParallelSpec(2, sequence=True), ["model's moe_intermediate_size=9"]),
+        (
+            qwen3_moe(num_experts_per_tok=1, norm_topk_prob=True),
+            ParallelSpec(),
+            ["num_experts_per_tok=1: use another"],
+        ),
+        (qwen3_moe(num_experts_per_tok=1, norm_topk_prob=False), ParallelSpec(), []),
         (qwen3_moe(intermediate_size=9), ParallelSpec(2, sequence=True), []),
         (qwen3_moe(intermediate_size=9, mlp_only_layers=[1]), ParallelSpec(2, sequence=True), ["intermediate_size=9"]),
     ],

@@ -230,11 +230,17 @@ def check(hf: Any, parallel: ParallelSpec) -> list[str]:
 
 def _unsupported(hf: Any) -> Iterator[str]:
     """Variants of a known architecture."""
-    variants = {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "hidden_act": "silu"}
-    variants["router_jitter_noise"] = 0.0
+    variants = {
+        "attention_bias": False,
+        "mlp_bias": False,
+        "use_sliding_window": False,
+        "hidden_act": "silu",
+        "router_jitter_noise": 0.0,
+    }
     for name, known in variants.items():
         if (value := getattr(hf, name, known)) != known:
-            yield f"strategy=megatron does not support {hf.model_type} with {name}={value!r}: use fsdp"
+            remedy = "use another model" if hf.model_type in _MIXTURES else "use fsdp"
+            yield f"strategy=megatron does not support {hf.model_type} with {name}={value!r}: {remedy}"
 
 
 def _indivisible(hf: Any, parallel: ParallelSpec) -> Iterator[str]:
@@ -272,6 +278,8 @@ def _experts_problems(hf: Any, parallel: ParallelSpec) -> Iterator[str]:
         if parallel.expert > 1:
             yield f"{key}: {hf.model_type} has no experts, set it to 1"
         return
+    if experts.per_token == 1 and experts.shares_add_up:
+        yield f"strategy=megatron does not support {hf.model_type} with num_experts_per_tok=1: use another model"
     if experts.number % parallel.expert:
         yield f"{key} does not divide the model's {_MIXTURES[hf.model_type].num_experts}={experts.number}"
     if parallel.expert > 1 and parallel.tensor > 1:

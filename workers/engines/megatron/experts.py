@@ -6,7 +6,6 @@ loss that balances experts: what is lost on is the algorithm's affair.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from workers.batch import CHOOSE
@@ -26,18 +25,14 @@ from workers.engines.megatron.architectures import Experts
 
 class Router(TopKRouter):  # type: ignore[misc]
     """Softmax over all experts in float32, of logits in the model's dtype; the largest few, made to add up to 1 where
-    the model has it so (`shares_add_up`).
+    the model has it so.
 
     replayed: [num_tokens, experts per token] of the forward pass to come, the experts to take instead (all different;
         CHOOSE in the first place: the router's own choice); None: its own everywhere. How much each of them counts is
-        the router's in any case, and has a gradient. That is what routing replay means (arXiv 2510.11370).
+        the router's in any case, and has a gradient. See docs/routing_replay.md.
     """
 
     replayed: Tensor | None = None
-
-    def __init__(self, *args: Any, shares_add_up: bool, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._shares_add_up = shares_add_up
 
     def gating(self, input: Tensor) -> Tensor:
         """Logits, as the model's dtype has them (Megatron's own takes Transformer Engine for given)."""
@@ -48,12 +43,27 @@ class Router(TopKRouter):  # type: ignore[misc]
         shares = torch.softmax(logits.flatten(0, 1), dim=-1, dtype=torch.float32)
         chosen = shares.topk(self.topk, dim=-1).indices
         if self.replayed is not None:
-            chosen = torch.where(self.replayed[:, :1] == CHOOSE, chosen, self.replayed)
+            chosen = torch.where(self.replayed[:, :1] == CHOOSE, chosen, self.replayed.long())
         is_chosen = torch.zeros_like(shares, dtype=torch.bool).scatter_(1, chosen, True)
         shares = shares * is_chosen
-        if self._shares_add_up:
+        if not self.config.moe_router_pre_softmax:
             shares = shares / shares.sum(-1, keepdim=True)  # in the order of experts, whoever chose them
         return shares, is_chosen
+
+
+class _OneByOne(SequentialMLP):  # type: ignore[misc]
+    """The experts of this rank, one after the other: Megatron has nothing faster without Transformer Engine."""
+
+    def __init__(self, num_local_experts: int, config: TransformerConfig, **options: Any) -> None:
+        of_each = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        super().__init__(num_local_experts, config, submodules=of_each, **options)
+
+
+class Mixture(MoELayer):  # type: ignore[misc]
+    """What takes the place of an MLP."""
+
+    def __init__(self, config: TransformerConfig, **options: Any) -> None:
+        super().__init__(config, MoESubmodules(experts=_OneByOne, router=Router), **options)
 
 
 def expert_settings(experts: Experts, parallel: ParallelSpec) -> dict[str, Any]:
@@ -62,17 +72,9 @@ def expert_settings(experts: Experts, parallel: ParallelSpec) -> dict[str, Any]:
         "num_moe_experts": experts.number,
         "moe_ffn_hidden_size": experts.intermediate,
         "moe_router_topk": experts.per_token,
-        "moe_router_pre_softmax": True,
+        "moe_router_pre_softmax": not experts.shares_add_up,
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": parallel.tensor,
     }
-
-
-def experts_spec(experts: Experts) -> ModuleSpec:
-    """What takes the place of an MLP: a router, and experts one after the other."""
-    of_each = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    router = partial(Router, shares_add_up=experts.shares_add_up)
-    submodules = MoESubmodules(experts=ModuleSpec(module=SequentialMLP, submodules=of_each), router=router)
-    return ModuleSpec(module=MoELayer, submodules=submodules)

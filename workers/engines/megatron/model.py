@@ -23,7 +23,6 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -41,7 +40,7 @@ from workers.engines.attention import PackedLayout, gather_rows, packed_attentio
 from workers.engines.base import EngineSpec
 from workers.engines.logprobs import VocabularyPart, token_logprobs
 from workers.engines.megatron.architectures import Head, experts_of, has_experts, has_qk_norm, has_qkv_bias, head_dim
-from workers.engines.megatron.experts import expert_settings, experts_spec
+from workers.engines.megatron.experts import Mixture, expert_settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +109,7 @@ class Layer(TransformerLayer):  # type: ignore[misc]
 
     def forward(self, *args: Any, packed_seq_params: Packed, **options: Any) -> Any:
         """See Megatron's."""
-        if isinstance(self.mlp, MoELayer):
+        if isinstance(self.mlp, Mixture):
             routing = packed_seq_params.routing
             self.mlp.router.replayed = None if routing is None else routing[:, self.layer_number - 1]
         return super().forward(*args, packed_seq_params=packed_seq_params, **options)
@@ -288,9 +287,8 @@ def _layer_specs(hf: PreTrainedConfig, config: TransformerConfig, chunk: int | N
     """Of the layers of one stage."""
     chunks = config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1)
     first, count = get_transformer_layer_offset(config, chunk), config.num_layers // chunks
-    experts = experts_of(hf)
-    dense, sparse = _layer_spec(hf, _mlp_spec()), _layer_spec(hf, experts_spec(experts)) if experts else None
-    return [sparse if sparse and has_experts(hf, layer) else dense for layer in range(first, first + count)]
+    dense, sparse = _layer_spec(hf, _mlp_spec()), _layer_spec(hf, Mixture)
+    return [sparse if has_experts(hf, layer) else dense for layer in range(first, first + count)]
 
 
 def _mlp_spec() -> ModuleSpec:
@@ -299,7 +297,7 @@ def _mlp_spec() -> ModuleSpec:
     )
 
 
-def _layer_spec(hf: PreTrainedConfig, mlp: ModuleSpec) -> ModuleSpec:
+def _layer_spec(hf: PreTrainedConfig, mlp: ModuleSpec | type) -> ModuleSpec:
     return ModuleSpec(
         module=Layer,
         submodules=TransformerLayerSubmodules(

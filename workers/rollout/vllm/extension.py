@@ -42,8 +42,8 @@ def _keep_cpu_experts() -> bool:
         from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
     except ImportError:
         return False
-    CPUUnquantizedExperts.process_weights_after_loading = lambda self, layer: None
-    CPUUnquantizedExperts.apply = _plain_experts
+    CPUUnquantizedExperts.process_weights_after_loading = lambda self, layer: None  # type: ignore[method-assign]
+    CPUUnquantizedExperts.apply = _plain_experts  # type: ignore[method-assign,assignment]
     return True
 
 
