@@ -59,7 +59,8 @@ class _Megatron:
         config = hf_config(
             spec.model_path, trust_remote_code=spec.trust_remote_code, override_config=spec.override_config
         )
-        size = sum(math.prod(item.shape) for item in items(config, spec.head) if not item.is_copy)
+        there = [item for item in items(config, spec.head) if not item.is_copy]
+        size = sum(math.prod(item.shape) // (spec.parallel.expert if item.is_expert else 1) for item in there)
         itemsize = getattr(torch, spec.sharding.dtype).itemsize
         self.num_bytes = size * itemsize // (spec.parallel.tensor * spec.parallel.pipeline)
         self._spec, self._engine = replace(spec, model_path=_local(spec.model_path)), MegatronEngine

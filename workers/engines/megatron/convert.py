@@ -19,6 +19,7 @@ from workers.engines.megatron.slices import Slice, part_of
 from workers.sync.buckets import Shard
 
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)(\..*)")
+_EXPERT = re.compile(r"(.*\.local_experts\.)(\d+)(\..*)")
 
 
 class Held(NamedTuple):
@@ -38,23 +39,46 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a rank stands. replica: which of the (data-parallel) ranks that hold the same as it."""
+    """Where a rank stands. replica: which of the (data-parallel) ranks that hold the same as it.
+
+    expert_size: so many replicas, one after the other, divide the experts instead of all holding them.
+    """
 
     tensor_rank: int
     tensor_size: int
     replica: int
     num_replicas: int
+    expert_size: int = 1
+
+    @property
+    def expert_rank(self) -> int:
+        """Which of those that divide the experts."""
+        return self.replica % self.expert_size
+
+    def copies(self, item: Item) -> tuple[int, int]:
+        """(which, of how many) ranks that hold the same of this tensor."""
+        which, many = self.replica, self.num_replicas
+        if item.is_expert:
+            which, many = which // self.expert_size, many // self.expert_size
+        if item.cut is None:
+            which, many = which * self.tensor_size + self.tensor_rank, many * self.tensor_size
+        return which, many
 
 
-def parameters_of(stages: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
-    """This rank's parameters by the names tables use: Megatron numbers the layers of each stage from 0."""
+def parameters_of(stages: Sequence[nn.Module], first_expert: int) -> dict[str, nn.Parameter]:
+    """This rank's parameters by the names tables use: Megatron numbers the layers of each stage from 0, and the experts
+    of each rank. first_expert: of this rank's, in every layer."""
     found: dict[str, nn.Parameter] = {}
     for stage in stages:
         first = stage.decoder.layers[0].layer_number - 1  # type: ignore[union-attr,index]
         for name, parameter in stage.named_parameters():
-            local = _LAYER.match(name)
-            found[f"{local[1]}{int(local[2]) + first}{local[3]}" if local else name] = parameter
+            found[_renumbered(_EXPERT, _renumbered(_LAYER, name, first), first_expert)] = parameter
     return found
+
+
+def _renumbered(pattern: re.Pattern[str], name: str, first: int) -> str:
+    local = pattern.match(name)
+    return f"{local[1]}{int(local[2]) + first}{local[3]}" if local else name
 
 
 def held(items: Sequence[Item], tensors: Mapping[str, Tensor], place: Place) -> list[Held]:
@@ -101,9 +125,7 @@ def parts(items: Sequence[Item], mine: Sequence[Held], place: Place) -> Iterator
                 dim,
             )
             continue
-        count, number = place.num_replicas, place.replica
-        if item.cut is None:
-            count, number = count * place.tensor_size, number * place.tensor_size + place.tensor_rank
+        number, count = place.copies(item)
         total = whole.local.shape[dim]
         width = -(-total // count)
         start = min(number * width, total)

@@ -1,4 +1,4 @@
-"""TrainEngine on Megatron-core: dense decoders cut by tensor, pipeline and sequence, packed micro-batches."""
+"""TrainEngine on Megatron-core: decoders cut by tensor, pipeline, expert and sequence, packed micro-batches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from workers.engines.base import EngineSpec, Loss, MicroBatches, StepResult, Upd
 from workers.engines.flash import use_installed
 from workers.engines.logprobs import CHUNK_BYTES
 from workers.engines.megatron import groups, shim, slices
-from workers.engines.megatron.architectures import check, items
+from workers.engines.megatron.architectures import check, experts_of, items
 from workers.engines.megatron.checkpoint import save_copy
 from workers.engines.megatron.convert import Checkpoint, Place, fill_gaps, held, owned, parameters_of, parts
 from workers.engines.megatron.model import Stage, padded, transformer_config
@@ -69,9 +69,10 @@ class MegatronEngine:
         stages = [Stage(self._hf, self._config, spec.head, chunk).to(device) for chunk in chunks]
         self._chunks: Sequence[nn.Module] = [stage.train(spec.optimizer is not None) for stage in stages]
         self._layers = [layer for stage in stages for layer in stage.decoder.layers]
-        self._parameters = parameters_of(stages)
+        self._place, self._experts = _place(), experts_of(self._hf)
+        per_rank = self._experts.number // spec.parallel.expert if self._experts else 0
+        self._parameters = parameters_of(stages, self._place.expert_rank * per_rank)
         self._items = list(items(self._hf, spec.head))
-        self._place = _place()
         self._is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         self.holds_outputs = self._is_last_stage and self._place.tensor_rank == 0
         self.parts = {"weights": Part(lambda: [p.detach() for p in self._parameters.values()])}
@@ -245,7 +246,14 @@ class MegatronEngine:
 
     def _layer_bytes(self) -> int:
         """Activations of one layer per token: what goes into matrix products and comes out of them."""
-        return self._itemsize * sum(sum(p.shape) for p in self._layers[0].parameters() if p.ndim == 2)
+        return self._itemsize * max(self._row_size(layer) for layer in self._layers)
+
+    def _row_size(self, layer: nn.Module) -> int:
+        """Numbers. A token goes through some of the experts, which are all of one size."""
+        size = {name: sum(p.shape) for name, p in layer.named_parameters() if p.ndim == 2}
+        one_expert = sum(n for name, n in size.items() if ".local_experts.0." in name)
+        rest = sum(n for name, n in size.items() if ".local_experts." not in name)
+        return rest + one_expert * (self._experts.per_token if self._experts else 0)
 
     def _logits_bytes(self) -> int:
         """What log-probs take: chunks of logits, and the gradient of the output layer."""
@@ -301,6 +309,7 @@ def _place() -> Place:
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_data_parallel_rank(),
         parallel_state.get_data_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_world_size(),
     )
 
 
