@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlan
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.device_mesh import DeviceMesh
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from workers.engines.base import EngineSpec, ParallelSpec, Update
 from workers.engines.megatron.engine import MegatronEngine
@@ -235,10 +236,18 @@ def test_every_element_is_written_once(
 
 
 def test_a_checkpoint_of_another_model_is_refused(model_path: ModelPath, solo: Solo, tmp_path: Path) -> None:
-    solo.run(train, Job(spec_of(model_path("qwen2", True), SINGLE), TABLE, ONE, steps=0, save=tmp_path))
-    other = Job(spec_of(model_path("qwen2", False), SINGLE), TABLE, ONE, steps=0, load=tmp_path)
-    with pytest.raises(CheckpointException, match=r"no model\.lm_head\.weight of shape"):
-        solo.run(train, other)
+    saved = spec_of(model_path("qwen2", True), SINGLE)
+    solo.run(train, Job(saved, TABLE, ONE, steps=0, save=tmp_path / "saved"))
+    wide = tmp_path / "wide"
+    config = Qwen2Config.from_pretrained(saved.model_path, intermediate_size=56)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(wide)
+    others = {
+        r"no tensor model\.lm_head\.weight": spec_of(model_path("qwen2", False), SINGLE),
+        r"shape \(40, 24\) in the checkpoint, expected \(56, 24\)": spec_of(wide, SINGLE),
+    }
+    for message, spec in others.items():
+        with pytest.raises(CheckpointException, match=message):
+            solo.run(train, Job(spec, TABLE, ONE, steps=0, load=tmp_path / "saved"))
 
 
 def timeouts(mesh: DeviceMesh, spec: EngineSpec) -> set[timedelta]:

@@ -129,8 +129,10 @@ class _Load(DefaultLoadPlanner):
         items = []
         for part in self._slices.values():
             known = self.metadata.state_dict_metadata.get(part.name)
-            if not isinstance(known, TensorStorageMetadata) or known.size != torch.Size(part.shape):
-                raise ValueError(f"the checkpoint has no {part.name} of shape {part.shape}: {known}")
+            if not isinstance(known, TensorStorageMetadata):
+                raise ValueError(f"the checkpoint has no tensor {part.name}")
+            if tuple(known.size) != part.shape:
+                raise ValueError(f"{part.name} has shape {tuple(known.size)} in the checkpoint, expected {part.shape}")
             items += create_read_items_for_chunk_list(part.name, known, [_chunk(part)])
         return LoadPlan(items)
 
