@@ -156,7 +156,7 @@ def check_experts(fields: dict[str, Any], path: str) -> None:
     if experts > 1:
         raise ValueError(
             f"actor_rollout_ref.model.path={path}: a mixture of {experts} experts, whose weights FSDP cannot hand to "
-            "vLLM yet; use a dense model"
+            "vLLM; train it with strategy=megatron, or use a dense model"
         )
 
 

@@ -61,12 +61,13 @@ def role_rows(cfg: Config, cluster: Cluster) -> list[dict[str, object]]:
 
 
 def parallelism(role: TrainingRole, num_ranks: int) -> str:
-    """How a role's model lies on its ranks, e.g. "2 ranks", or "tp 2 x pp 1 x dp 4" with Megatron."""
+    """How a role's model lies on its ranks, e.g. "2 ranks", or "tp 2 x pp 1 x dp 4 (ep 2)" with Megatron."""
     megatron = role.megatron
     if megatron is None:
         return f"{num_ranks} ranks" if num_ranks > 1 else "1 rank"
     tensor, pipeline = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
-    return f"tp {tensor} x pp {pipeline} x dp {num_ranks // role.ranks_per_model}"
+    expert = f" (ep {megatron.expert_model_parallel_size})" if megatron.expert_model_parallel_size > 1 else ""
+    return f"tp {tensor} x pp {pipeline} x dp {num_ranks // role.ranks_per_model}{expert}"
 
 
 def batch_sizes(cfg: Config, inputs: Inputs, sizes: Sizes) -> dict[str, object]:

@@ -29,6 +29,8 @@ from workers.normalizers import Normalizers
 from workers.protocol import RolloutBlock, SequenceMeta, split
 
 IndexArray = npt.NDArray[np.int64]
+CHOOSE = -1
+"""In place of an expert's number: the router chooses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,8 @@ class MicroBatch:
     tokens: tensordict [R] with the per-token fields losses use (loss_mask, advantages, ...).
     num_sequences: of this micro-batch.
     norm: global counts of the mini-batch this is a part of.
+    routing: [num_tokens, num_layers, experts per token] integers, the experts that each packed row goes to in each
+        layer; CHOOSE: the router chooses. None: everywhere. (Nothing sets it yet; see docs/routing_replay.md.)
     """
 
     input_ids: Tensor
@@ -71,6 +75,7 @@ class MicroBatch:
     tokens: TensorDict
     num_sequences: int
     norm: Normalizers
+    routing: Tensor | None = None
 
 
 class Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -11,8 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from harness import NO_VALIDATION, ROOT, Outcome, Record, run
-from transformers import Qwen2Config
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 STEPS = 3
 ACTOR, REF = "actor_rollout_ref.actor", "actor_rollout_ref.ref"
@@ -20,6 +23,7 @@ ONLY_WATCHED = (f"{ACTOR}.use_kl_loss=true", f"{ACTOR}.kl_loss_coef=0")
 """The reference answers, and training goes as without it."""
 OF_THE_REFERENCE = ("actor/kl_loss", "actor/kl_coef")
 CLOSE = 1e-5
+TOKENS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 MEGATRON = (
@@ -109,16 +113,79 @@ def test_what_is_offloaded_comes_back(megatron_run: Outcome) -> None:
 
 
 def test_the_exported_model_is_a_hugging_face_one(megatron_run: Outcome, task: Path) -> None:
-    import torch
-    from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
-
     (checkpoint,) = megatron_run.checkpoints()
     before = load_file(task / "model" / "model.safetensors")
     after = load_file(checkpoint / "hf_model" / "model.safetensors")
     assert {name: tensor.shape for name, tensor in after.items()} == {n: t.shape for n, t in before.items()}
     assert all(not torch.equal(after[name], before[name]) for name in before)
     AutoModelForCausalLM.from_pretrained(checkpoint / "hf_model")
+
+
+DIGITS = '''"""A random model says nothing right, but some of it is digits."""
+
+
+def compute_score(data_source, solution_str, ground_truth, extra_info):
+    return sum(letter.isdigit() for letter in solution_str) / 8
+'''
+
+
+@pytest.fixture(scope="module")
+def experts_run(runs: Path, task: Path) -> Outcome:
+    """Two steps of a Qwen3-MoE made at random, half of its experts on either rank."""
+    model, reward = runs / "experts_model", runs / "digits.py"
+    shutil.copytree(task / "model", model, ignore=shutil.ignore_patterns("config.json", "*.safetensors"))
+    tokens = {name: json.loads((task / "model" / "config.json").read_text())[name] for name in TOKENS}
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        norm_topk_prob=True,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        **tokens,
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(model)
+    reward.write_text(DIGITS)
+    outcome = run(
+        runs / "experts",
+        *NO_VALIDATION,
+        f"actor_rollout_ref.model.path={model}",
+        f"{ACTOR}.strategy=megatron",
+        f"{ACTOR}.megatron.expert_model_parallel_size=2",
+        f"{ACTOR}.megatron.dtype=float32",
+        f"{ACTOR}.optim.lr=1e-2",
+        f"{ACTOR}.use_kl_loss=true",
+        f"reward.custom_reward_function.path={reward}",
+        "trainer.total_training_steps=3",
+    )
+    assert outcome.status == 0, outcome.told
+    return outcome
+
+
+def test_experts_are_trained_and_reach_the_sampler(experts_run: Outcome) -> None:
+    steps = experts_run.steps()
+    assert len(steps) == 3
+    assert re.search(r"actor +cpu 0-1 +Megatron +tp 1 x pp 1 x dp 2 \(ep 2\) +float32", experts_run.stdout)
+    assert steps[0]["actor/kl_loss"] == pytest.approx(0, abs=CLOSE)
+    assert steps[-1]["actor/kl_loss"] > 0.01, "the policy has moved"
+    for record in steps:
+        assert record["actor/grad_norm"] > 0
+        assert record["mismatch/logprob_abs_diff_mean"] < CLOSE, "the sampler has the trainer's weights"
+
+
+def test_experts_leave_as_they_came(experts_run: Outcome, runs: Path) -> None:
+    """Under the same names; all of them trained."""
+    (checkpoint,) = experts_run.checkpoints()
+    before = load_file(runs / "experts_model" / "model.safetensors")
+    after = load_file(checkpoint / "hf_model" / "model.safetensors")
+    assert {name: tensor.shape for name, tensor in after.items()} == {n: t.shape for n, t in before.items()}
+    assert all(not torch.equal(after[name], before[name]) for name in before)
 
 
 def test_the_example_plans_its_run(tmp_path: Path, task: Path) -> None:

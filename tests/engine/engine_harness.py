@@ -22,7 +22,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from tensordict import TensorDict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from trainer.algorithms.aggregation import count_loss_tokens, normalizers
 from trainer.algorithms.losses import PolicyLoss
@@ -49,7 +57,19 @@ CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "llama": LlamaConfig,
     "qwen3": Qwen3Config,
     "deep": LlamaConfig,
+    "qwen3_moe": Qwen3MoeConfig,
+    "mixtral": MixtralConfig,
+    "mixed": Qwen3MoeConfig,
 }
+_FOUR_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MORE: dict[str, dict[str, Any]] = {
+    "deep": {"num_hidden_layers": 4},
+    "qwen3": {"head_dim": 8},
+    "qwen3_moe": _FOUR_EXPERTS | {"norm_topk_prob": True},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixed": _FOUR_EXPERTS | {"norm_topk_prob": False, "mlp_only_layers": [1], "num_hidden_layers": 3},
+}
+"""What else their configs say."""
 
 GRADIENT_SCALE = 1e6
 OBSERVED = OptimizerSpec(
@@ -83,17 +103,17 @@ LOSS = PolicyLoss(
 
 def make_model(directory: Path, kind: str, *, tied: bool, seed: int = 0) -> Path:
     """Writes a tiny checkpoint in which norms and biases are random too."""
-    config = CONFIGS[kind](
-        vocab_size=VOCABULARY,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=4 if kind == "deep" else 2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8 if kind == "qwen3" else 6,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-    )
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "max_position_embeddings": 64,
+    }
+    config = CONFIGS[kind](**sizes | MORE.get(kind, {}), tie_word_embeddings=tied)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
@@ -246,6 +266,23 @@ def assemble(shards: Sequence[list[Shard]]) -> dict[str, FloatArray]:
         counts[own] += 1
     assert all((counts == 1).all() for counts in written.values()), "every element exactly once"
     return weights
+
+
+def one_by_one(weights: dict[str, FloatArray], kind: str) -> dict[str, FloatArray]:
+    """With experts as they are in files: transformers has those of a layer in one parameter, gate and up together."""
+    where = ".block_sparse_moe." if kind == "mixtral" else ".mlp."
+    gate, up, down = ("w1", "w3", "w2") if kind == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    found: dict[str, FloatArray] = {}
+    for name, value in weights.items():
+        before, _, what = name.replace(".mlp.", where).rpartition(".")
+        names = {"gate_up_proj": (gate, up), "down_proj": (down,)}.get(what)
+        if names is None:
+            found[f"{before}.{what}"] = value
+            continue
+        for number, expert in enumerate(value):
+            halves = zip(names, np.split(expert, len(names)), strict=True)
+            found |= {f"{before}.{number}.{which}.weight": part for which, part in halves}
+    return found
 
 
 def relative_error(got: dict[str, FloatArray], expected: dict[str, FloatArray]) -> float:

@@ -190,9 +190,12 @@ def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(parallel: ParallelSpe
                 np.testing.assert_array_equal(third, data)
 
 
+@pytest.mark.parametrize("parallel", [TENSOR, ParallelSpec()])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_offloading_changes_nothing(dtype: str, qwen2: Path, pair: Pair, tmp_path: Path) -> None:
-    spec = spec_of(qwen2, TENSOR, dtype=dtype)
+def test_offloading_changes_nothing(
+    dtype: str, parallel: ParallelSpec, qwen2: Path, pair: Pair, tmp_path: Path
+) -> None:
+    spec = spec_of(qwen2, parallel, dtype=dtype)
     kept = pair.run(train_in_turn, spec, False, tmp_path / "kept")
     moved = pair.run(train_in_turn, spec, True, tmp_path / "moved")
     assert [numbers for numbers, _, _ in moved] == [numbers for numbers, _, _ in kept]

@@ -68,7 +68,8 @@ def test_experts_without_a_loader_get_their_modules(monkeypatch: pytest.MonkeyPa
     assert experts.w2_weight.weight_loader == "its own"
 
 
-def test_experts_on_a_cpu_are_refused() -> None:
-    """Their kernels keep packed copies: the update would seem to work, and change nothing."""
+def test_experts_on_a_cpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where their kernels keep packed copies: the update would seem to work, and change nothing."""
+    monkeypatch.setattr("workers.rollout.vllm.extension._PLAIN_EXPERTS", False)
     with pytest.raises(RuntimeError, match="CPU build cannot take new weights for mixture-of-experts"):
         extension(nn.Sequential(Experts())).tandem_begin_update()

@@ -190,9 +190,10 @@ def test_keys_that_do_not_go_together(base: list[str], overrides: list[str], pro
             f"{ACTOR}.device_mapping",
         ),
         (
-            [f"{MEGATRON}.expert_model_parallel_size=2"],
-            f"{MEGATRON}.expert_model_parallel_size=2: mixtures of experts cannot be trained yet",
-            "set it to 1",
+            [f"{TENSOR}=2", f"{MEGATRON}.expert_model_parallel_size=8"],
+            f"{MEGATRON}.expert_model_parallel_size=8: experts are spread over data-parallel devices, and 8 does not "
+            f"divide the 4 of {ACTOR}",
+            "set it to a divisor of 4",
         ),
         (
             [f"{MEGATRON}.virtual_pipeline_model_parallel_size=2"],

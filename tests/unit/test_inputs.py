@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from transformers import Gemma2Config, GPT2Config, MistralConfig, PreTrainedConfig, Qwen2Config
+from transformers import Gemma2Config, GPT2Config, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3MoeConfig
 
 from trainer.config.load import load_config
 from trainer.inputs import check_attention, check_engines, check_experts, check_vocabulary
@@ -13,6 +13,7 @@ from trainer.inputs import check_attention, check_engines, check_experts, check_
 ACTOR = "actor_rollout_ref.actor"
 MEGATRON = f"{ACTOR}.megatron"
 QWEN2 = Qwen2Config(num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2)
+QWEN3_MOE = Qwen3MoeConfig(num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2, num_experts=6)
 
 
 def test_plain_attention_passes() -> None:
@@ -77,6 +78,16 @@ def test_an_architecture_without_a_table_is_refused_by_name(tmp_path: Path) -> N
         engines(tmp_path, GPT2Config())
 
 
+def test_experts_are_trained_by_megatron(tmp_path: Path) -> None:
+    engines(tmp_path, QWEN3_MOE, f"{MEGATRON}.expert_model_parallel_size=2")
+    with pytest.raises(
+        ValueError, match=rf"^{MEGATRON}\.expert_model_parallel_size=4 does not divide .* num_experts=6"
+    ):
+        engines(tmp_path, QWEN3_MOE, f"{MEGATRON}.expert_model_parallel_size=4")
+    with pytest.raises(ValueError, match=r"^actor_rollout_ref\.model\.path=.*: a mixture of 6 experts"):
+        engines(tmp_path, QWEN3_MOE, f"{ACTOR}.strategy=fsdp")
+
+
 def test_megatron_reads_safetensors_only(tmp_path: Path) -> None:
     QWEN2.save_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
@@ -97,7 +108,7 @@ def test_each_role_is_asked_about_its_own_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["num_experts", "num_local_experts", "n_routed_experts"])
 def test_mixtures_of_experts_are_refused(key: str) -> None:
-    with pytest.raises(ValueError, match=r"model\.path=m: a mixture of 8 experts"):
+    with pytest.raises(ValueError, match=r"model\.path=m: a mixture of 8 experts.*strategy=megatron"):
         check_experts({key: 8}, "m")
     check_experts({key: None}, "m")
     check_experts(Qwen2Config().to_dict(), "m")

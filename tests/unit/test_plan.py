@@ -34,9 +34,10 @@ def test_megatron_says_how_it_cuts() -> None:
         f"{ACTOR}.megatron.pipeline_model_parallel_size=2",
         f"{ACTOR}.use_kl_loss=true",
         "actor_rollout_ref.ref.megatron.dtype=float32",
+        "actor_rollout_ref.ref.megatron.expert_model_parallel_size=2",
         "critic.device_mapping=[4]",
         "critic.strategy=fsdp",
     )
     assert found["actor"] == ("cuda 0-7", "Megatron", "tp 2 x pp 2 x dp 2", "bfloat16")
-    assert found["reference"] == ("cuda 0-7", "Megatron", "tp 2 x pp 2 x dp 2", "float32")
+    assert found["reference"] == ("cuda 0-7", "Megatron", "tp 2 x pp 2 x dp 2 (ep 2)", "float32")
     assert found["critic"] == ("cuda [4]", "FSDP2", "1 rank", "bfloat16")

@@ -42,14 +42,14 @@ def test_as_few_as_fit(num_layers: int, whole: float, share: float, tokens: int,
 def test_settings_on_a_cpu(setting: bool, expected: int) -> None:
     """Without a reading of memory nothing is planned: "auto" keeps all."""
     layers = [Layer() for _ in range(3)]
-    recompute = Recompute(layers, setting, CPU, 2)
+    recompute = Recompute(layers, setting, CPU, LayerBytes(2, 0))
     assert recompute.num_recomputed == sum(layer.gradient_checkpointing for layer in layers) == expected
     assert not recompute.needs_measuring
     assert free_bytes(CPU) is None
 
 
 def test_layers_without_the_switch_are_left_alone() -> None:
-    recompute = Recompute([nn.Linear(2, 2)], True, CPU, 2)
+    recompute = Recompute([nn.Linear(2, 2)], True, CPU, LayerBytes(2, 0))
     assert recompute.num_layers == 0
 
 

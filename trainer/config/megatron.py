@@ -46,13 +46,15 @@ def _sizes(role: TrainingRole, megatron: RefMegatronConfig, num_devices: int) ->
             f"{key}.virtual_pipeline_model_parallel_size={chunks}: chunks of pipeline stages, and there is one stage; "
             f"set {key}.pipeline_model_parallel_size=2 or more, or leave it null"
         )
-    missing = {
-        "context_parallel_size": (megatron.context_parallel_size, "sequences cannot be cut over devices"),
-        "expert_model_parallel_size": (megatron.expert_model_parallel_size, "mixtures of experts cannot be trained"),
-    }
-    for name, (size, why) in missing.items():
-        if size != 1:
-            yield f"{key}.{name}={size}: {why} yet; set it to 1"
+    ep, dp = megatron.expert_model_parallel_size, num_devices // per_model
+    if num_devices % per_model == 0 and dp % ep:
+        yield (
+            f"{key}.expert_model_parallel_size={ep}: experts are spread over data-parallel devices, and {ep} does not "
+            f"divide the {dp} of {role.key}; set it to a divisor of {dp}"
+        )
+    if megatron.context_parallel_size != 1:
+        size = megatron.context_parallel_size
+        yield f"{key}.context_parallel_size={size}: sequences cannot be cut over devices yet; set it to 1"
 
 
 def _installed(role: TrainingRole) -> Iterator[str]:

@@ -16,7 +16,7 @@ from workers.engines.base import EngineSpec, TrainEngine
 
 
 class Prepared(Protocol):
-    """An engine that is about to be built. num_bytes: of its weights on this rank's device."""
+    """An engine that is about to be built. num_bytes: what that takes of this rank's device."""
 
     num_bytes: int
 
@@ -59,13 +59,22 @@ class _Megatron:
         config = hf_config(
             spec.model_path, trust_remote_code=spec.trust_remote_code, override_config=spec.override_config
         )
-        size = sum(math.prod(item.shape) for item in items(config, spec.head) if not item.is_copy)
-        itemsize = getattr(torch, spec.sharding.dtype).itemsize
-        self.num_bytes = size * itemsize // (spec.parallel.tensor * spec.parallel.pipeline)
+        there = [item for item in items(config, spec.head) if not item.is_copy]
+        size = sum(math.prod(item.shape) // (spec.parallel.expert if item.is_expert else 1) for item in there)
+        self.num_bytes = size // (spec.parallel.tensor * spec.parallel.pipeline) * _bytes_per_parameter(spec)
         self._spec, self._engine = replace(spec, model_path=_local(spec.model_path)), MegatronEngine
 
     def build(self, device: torch.device) -> TrainEngine:
         return self._engine(self._spec, device)
+
+
+def _bytes_per_parameter(spec: EngineSpec) -> int:
+    """Of weights, and of one that trains gradients in float32 (while it is built) and, divided, master weights."""
+    itemsize: int = getattr(torch, spec.sharding.dtype).itemsize
+    if spec.optimizer is None:
+        return itemsize
+    master = 0 if spec.sharding.master_dtype == spec.sharding.dtype else 4
+    return itemsize + 4 + -(-master // spec.parallel.data_size(dist.get_world_size()))
 
 
 def _local(path: str) -> str:

@@ -27,7 +27,7 @@ from workers.engines.flash import use_installed
 from workers.engines.logprobs import CHUNK_BYTES
 from workers.engines.models import LogprobModel, ValueModel, compile_layers, decoder_layers, load_model
 from workers.engines.optimizer import begin_state, learning_rate, make_optimizer, moments
-from workers.engines.recompute import Recompute, free_bytes, largest
+from workers.engines.recompute import Recompute, estimate, free_bytes, largest
 from workers.engines.reduction import reduce_metrics, spread
 from workers.engines.residency import Part, local_of
 from workers.normalizers import Normalizers
@@ -55,7 +55,8 @@ class FSDPEngine:
             compile_layers(model)
         setting = spec.gradient_checkpointing if spec.optimizer else False
         itemsize = getattr(torch, spec.sharding.dtype).itemsize
-        self._recompute = Recompute(decoder_layers(model), setting, device, itemsize)
+        layers = decoder_layers(model)
+        self._recompute = Recompute(layers, setting, device, estimate(layers, itemsize))
         self._module = _shard(model, spec, mesh)
         self._optimizer = make_optimizer(self._module, spec.optimizer) if spec.optimizer else None
         self._num_updates = 0

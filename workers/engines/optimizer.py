@@ -14,10 +14,12 @@ from workers.engines.residency import local_of
 def make_optimizer(module: nn.Module, spec: OptimizerSpec) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) without weight decay on norms and biases."""
     trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": spec.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    return adamw([p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2], spec)
+
+
+def adamw(matrices: list[nn.Parameter], others: list[nn.Parameter], spec: OptimizerSpec) -> torch.optim.AdamW:
+    """The same on parameters that have been told apart; weights of matrices decay."""
+    groups = [{"params": matrices, "weight_decay": spec.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
 
 

@@ -47,8 +47,8 @@ def estimate(layers: Sequence[nn.Module], itemsize: int) -> LayerBytes:
 
     itemsize: of the compute dtype, bytes.
     """
-    weights = [weight for weight in layers[0].parameters() if weight.ndim == 2] if layers else []
-    return LayerBytes(float(itemsize * sum(sum(weight.shape) for weight in weights)), 0.0)
+    products = [part for part in layers[0].modules() if isinstance(part, nn.Linear)] if layers else []
+    return LayerBytes(float(itemsize * sum(part.in_features + part.out_features for part in products)), 0.0)
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -63,15 +63,15 @@ def free_bytes(device: torch.device) -> int | None:
 class Recompute:
     """Which layers of one model recompute their activations: the first so many.
 
-    layers: the decoder's, in order. setting: True: all, False: none, "auto": as many as have to. itemsize: of the
-    compute dtype, bytes.
+    layers: the decoder's, in order. setting: True: all, False: none, "auto": as many as have to. estimated: what counts
+    until a layer was measured.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], setting: Auto, device: torch.device, itemsize: int) -> None:
+    def __init__(self, layers: Sequence[nn.Module], setting: Auto, device: torch.device, estimated: LayerBytes) -> None:
         self._layers = [layer for layer in layers if hasattr(layer, "gradient_checkpointing")]
         self._is_planned = setting == "auto" and free_bytes(device) is not None
         self.layer_bytes: LayerBytes | None = None
-        self._estimated = estimate(layers, itemsize)
+        self._estimated = estimated
         self._depth = len(layers)
         self.num_recomputed = 0
         self._recompute(len(self._layers) if setting is True else 0)

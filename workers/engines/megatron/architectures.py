@@ -4,7 +4,8 @@ Imports neither torch nor megatron: `check` answers before any actor starts. A n
 ARCHITECTURES if its layers are the decoder's below with a tensor more or less.
 
 The rows of q, k and v lie one after the other in `linear_qkv`, on each tensor-parallel rank those of its own heads, as
-those of gate and up do in `linear_fc1`: every Hugging Face tensor is then one slice of one parameter.
+those of gate and up do in `linear_fc1`: every Hugging Face tensor is then one slice of one parameter. Experts have
+parameters of their own, numbered through the whole layer; a rank has some of a layer's experts, or all of them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class Item:
     parameter: name without the chunk it is in, layers numbered through the whole model.
     cut: dimension that tensor parallelism cuts it along; None: every tensor-parallel rank has all of it.
     is_copy: a second place of the same tensor, the output layer's of tied embeddings on the last pipeline stage.
+    is_expert: of one expert, which only some of the data-parallel ranks have.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Item:
     shape: tuple[int, ...]
     cut: int | None
     is_copy: bool = False
+    is_expert: bool = False
 
     def part(self, rank: int, size: int) -> tuple[int, int]:
         """(first index, number of indices) along `dim` that one of `size` ranks holds; the last may hold fewer."""
@@ -47,7 +50,7 @@ class Item:
 
 
 class _Row(NamedTuple):
-    """A line of a table. shape: names of `_sizes`."""
+    """A line of a table. shape: names of `_sizes`; the names of an expert's tensors leave room for its number."""
 
     name: str
     parameter: str
@@ -55,16 +58,13 @@ class _Row(NamedTuple):
     cut: int | None
 
 
-_DECODER_LAYER = (
+_ATTENTION = (
     _Row("input_layernorm.weight", "input_layernorm.weight", ("hidden",), None),
     _Row("self_attn.q_proj.weight", "self_attention.linear_qkv.weight", ("query", "hidden"), 0),
     _Row("self_attn.k_proj.weight", "self_attention.linear_qkv.weight", ("kv", "hidden"), 0),
     _Row("self_attn.v_proj.weight", "self_attention.linear_qkv.weight", ("kv", "hidden"), 0),
     _Row("self_attn.o_proj.weight", "self_attention.linear_proj.weight", ("hidden", "query"), 1),
     _Row("post_attention_layernorm.weight", "pre_mlp_layernorm.weight", ("hidden",), None),
-    _Row("mlp.gate_proj.weight", "mlp.linear_fc1.weight", ("intermediate", "hidden"), 0),
-    _Row("mlp.up_proj.weight", "mlp.linear_fc1.weight", ("intermediate", "hidden"), 0),
-    _Row("mlp.down_proj.weight", "mlp.linear_fc2.weight", ("hidden", "intermediate"), 1),
 )
 _QKV_BIAS = (
     _Row("self_attn.q_proj.bias", "self_attention.linear_qkv.bias", ("query",), 0),
@@ -75,13 +75,92 @@ _QK_NORM = (
     _Row("self_attn.q_norm.weight", "self_attention.q_layernorm.weight", ("head",), None),
     _Row("self_attn.k_norm.weight", "self_attention.k_layernorm.weight", ("head",), None),
 )
+_MLP = (
+    _Row("mlp.gate_proj.weight", "mlp.linear_fc1.weight", ("intermediate", "hidden"), 0),
+    _Row("mlp.up_proj.weight", "mlp.linear_fc1.weight", ("intermediate", "hidden"), 0),
+    _Row("mlp.down_proj.weight", "mlp.linear_fc2.weight", ("hidden", "intermediate"), 1),
+)
 
 ARCHITECTURES: dict[str, tuple[_Row, ...]] = {
-    "llama": _DECODER_LAYER,
-    "qwen2": _DECODER_LAYER + _QKV_BIAS,
-    "qwen3": _DECODER_LAYER + _QK_NORM,
+    "llama": _ATTENTION,
+    "mixtral": _ATTENTION,
+    "qwen2": _ATTENTION + _QKV_BIAS,
+    "qwen3": _ATTENTION + _QK_NORM,
+    "qwen3_moe": _ATTENTION + _QK_NORM,
 }
-"""By `model_type` of the Hugging Face config. Qwen2.5 is qwen2."""
+"""By `model_type` of the Hugging Face config: a layer without its MLP. Qwen2.5 is qwen2."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Mixture:
+    """What an architecture has in place of an MLP, and how it is named. router: below the layer.
+
+    expert: gate, up and down below the layer. num_experts, intermediate: fields of the Hugging Face config.
+    """
+
+    router: str
+    expert: tuple[str, str, str]
+    num_experts: str
+    intermediate: str
+
+    @property
+    def rows(self) -> tuple[_Row, ...]:
+        """Of all experts, then of one of them."""
+        gate, up, down = self.expert
+        fc1, fc2 = (f"mlp.experts.local_experts.{{}}.linear_fc{number}.weight" for number in (1, 2))
+        return (
+            _Row(self.router, "mlp.router.weight", ("experts", "hidden"), None),
+            _Row(gate, fc1, ("expert", "hidden"), 0),
+            _Row(up, fc1, ("expert", "hidden"), 0),
+            _Row(down, fc2, ("hidden", "expert"), 1),
+        )
+
+
+_MIXTURES: dict[str, _Mixture] = {
+    "mixtral": _Mixture(
+        "block_sparse_moe.gate.weight",
+        tuple(f"block_sparse_moe.experts.{{}}.w{number}.weight" for number in (1, 3, 2)),  # type: ignore[arg-type]
+        "num_local_experts",
+        "intermediate_size",
+    ),
+    "qwen3_moe": _Mixture(
+        "mlp.gate.weight",
+        tuple(f"mlp.experts.{{}}.{name}_proj.weight" for name in ("gate", "up", "down")),  # type: ignore[arg-type]
+        "num_experts",
+        "moe_intermediate_size",
+    ),
+}
+"""Of those that have experts."""
+
+
+class Experts(NamedTuple):
+    """Of each layer that has any: how many, how wide, how many a token goes to, and whether the chosen ones' shares
+    add up to 1."""
+
+    number: int
+    intermediate: int
+    per_token: int
+    shares_add_up: bool
+
+
+def experts_of(hf: Any) -> Experts | None:
+    """The experts of a Hugging Face config; None: a dense model."""
+    mixture = _MIXTURES.get(hf.model_type)
+    if mixture is None:
+        return None
+    return Experts(
+        getattr(hf, mixture.num_experts),
+        getattr(hf, mixture.intermediate),
+        hf.num_experts_per_tok,
+        getattr(hf, "norm_topk_prob", True),
+    )
+
+
+def has_experts(hf: Any, layer: int) -> bool:
+    """Whether this layer (counted from 0) has experts in place of an MLP."""
+    if hf.model_type not in _MIXTURES or layer in (getattr(hf, "mlp_only_layers", None) or ()):
+        return False
+    return bool((layer + 1) % getattr(hf, "decoder_sparse_step", 1) == 0)
 
 
 def head_dim(hf: Any) -> int:
@@ -108,10 +187,15 @@ def items(hf: Any, head: Head) -> Iterator[Item]:
     body = "model." if head == "logprobs" else ""
     table = (size["vocab"], size["hidden"])
     yield Item(f"{body}embed_tokens.weight", "embedding.word_embeddings.weight", table, 0)
-    for number in range(hf.num_hidden_layers):
-        for row in ARCHITECTURES[hf.model_type]:
-            shape = tuple(size[name] for name in row.shape)
-            yield Item(f"{body}layers.{number}.{row.name}", f"decoder.layers.{number}.{row.parameter}", shape, row.cut)
+    for layer in range(hf.num_hidden_layers):
+        for row, expert in _rows(hf, layer):
+            yield Item(
+                f"{body}layers.{layer}.{row.name.format(expert)}",
+                f"decoder.layers.{layer}.{row.parameter.format(expert)}",
+                tuple(size[name] for name in row.shape),
+                row.cut,
+                is_expert=expert is not None,
+            )
     yield Item(f"{body}norm.weight", "decoder.final_layernorm.weight", (size["hidden"],), None)
     if head == "values":
         yield Item("value_head.weight", "value_head.weight", (1, size["hidden"]), None)
@@ -119,6 +203,18 @@ def items(hf: Any, head: Head) -> Iterator[Item]:
         yield Item(f"{body}embed_tokens.weight", "output_layer.weight", table, 0, is_copy=True)
     else:
         yield Item("lm_head.weight", "output_layer.weight", table, 0)
+
+
+def _rows(hf: Any, layer: int) -> Iterator[tuple[_Row, int | None]]:
+    """Of one layer, each with the number of the expert it is of."""
+    yield from ((row, None) for row in ARCHITECTURES[hf.model_type])
+    experts = experts_of(hf)
+    if experts is None or not has_experts(hf, layer):
+        yield from ((row, None) for row in _MLP)
+        return
+    router, *of_each = _MIXTURES[hf.model_type].rows
+    yield router, None
+    yield from ((row, expert) for expert in range(experts.number) for row in of_each)
 
 
 def check(hf: Any, parallel: ParallelSpec) -> list[str]:
@@ -129,21 +225,28 @@ def check(hf: Any, parallel: ParallelSpec) -> list[str]:
     if hf.model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         return [f"strategy=megatron does not know the architecture {hf.model_type!r} (known: {known}): use fsdp"]
-    return [*_unsupported(hf), *_indivisible(hf, parallel)]
+    return [*_unsupported(hf), *_indivisible(hf, parallel), *_experts_problems(hf, parallel)]
 
 
 def _unsupported(hf: Any) -> Iterator[str]:
     """Variants of a known architecture."""
-    variants = {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "hidden_act": "silu"}
+    variants = {
+        "attention_bias": False,
+        "mlp_bias": False,
+        "use_sliding_window": False,
+        "hidden_act": "silu",
+        "router_jitter_noise": 0.0,
+    }
     for name, known in variants.items():
         if (value := getattr(hf, name, known)) != known:
-            yield f"strategy=megatron does not support {hf.model_type} with {name}={value!r}: use fsdp"
+            remedy = "use another model" if hf.model_type in _MIXTURES else "use fsdp"
+            yield f"strategy=megatron does not support {hf.model_type} with {name}={value!r}: {remedy}"
 
 
 def _indivisible(hf: Any, parallel: ParallelSpec) -> Iterator[str]:
     """The vocabulary is not among them: it is filled up to what divides."""
     tensor = "tensor_model_parallel_size"
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+    for name in ("num_attention_heads", "num_key_value_heads", *_widths(hf)):
         if (value := getattr(hf, name)) % parallel.tensor:
             yield f"{tensor}={parallel.tensor} does not divide the model's {name}={value}"
     virtual = parallel.virtual_pipeline
@@ -158,13 +261,43 @@ def _indivisible(hf: Any, parallel: ParallelSpec) -> Iterator[str]:
             f"pipeline_model_parallel_size={parallel.pipeline} times virtual_pipeline_model_parallel_size="
             f"{virtual or 1} does not divide the model's num_hidden_layers={hf.num_hidden_layers}"
         )
-    if parallel.expert > 1:
-        yield f"expert_model_parallel_size={parallel.expert}: {hf.model_type} has no experts, set it to 1"
+
+
+def _widths(hf: Any) -> Iterator[str]:
+    """Names of the config's fields that say how wide the MLPs and experts are."""
+    sparse = [has_experts(hf, layer) for layer in range(hf.num_hidden_layers)]
+    if any(sparse):
+        yield _MIXTURES[hf.model_type].intermediate
+    if not all(sparse):
+        yield "intermediate_size"
+
+
+def _experts_problems(hf: Any, parallel: ParallelSpec) -> Iterator[str]:
+    experts, key = experts_of(hf), f"expert_model_parallel_size={parallel.expert}"
+    if experts is None:
+        if parallel.expert > 1:
+            yield f"{key}: {hf.model_type} has no experts, set it to 1"
+        return
+    if experts.per_token == 1 and experts.shares_add_up:
+        yield f"strategy=megatron does not support {hf.model_type} with num_experts_per_tok=1: use another model"
+    if experts.number % parallel.expert:
+        yield f"{key} does not divide the model's {_MIXTURES[hf.model_type].num_experts}={experts.number}"
+    if parallel.expert > 1 and parallel.tensor > 1:
+        yield (
+            f"{key}: {hf.model_type}'s experts are divided among devices or cut over tensor_model_parallel_size="
+            f"{parallel.tensor}, not both yet; set one of them to 1"
+        )
+    if parallel.tensor > 1 and not parallel.sequence:
+        yield (
+            f"sequence_parallel=False: {hf.model_type} has experts, which cut over tensor_model_parallel_size="
+            f"{parallel.tensor} take tokens that are cut as well; set it to true"
+        )
 
 
 def _sizes(hf: Any) -> dict[str, int]:
-    head = head_dim(hf)
-    return {
+    head, experts = head_dim(hf), experts_of(hf)
+    of_experts = {"experts": experts.number, "expert": experts.intermediate} if experts else {}
+    return of_experts | {
         "vocab": hf.vocab_size,
         "hidden": hf.hidden_size,
         "intermediate": hf.intermediate_size,

@@ -1,45 +1,21 @@
-"""What the Megatron engine writes: state under Hugging Face names, readable however the model is cut, and copies.
-
-Each tensor is saved as what it is in the Hugging Face model, cut along one dimension (a DTensor), by
-torch.distributed.checkpoint. Another cut reads other slices of the same tensors.
-"""
+"""Hugging Face copies of the model, which is whole nowhere."""
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import Shard as Cut
 from transformers import PreTrainedConfig
 
-from workers.engines.megatron.convert import Held
 from workers.sync.buckets import Shard
 
 MAX_FILE_BYTES = 5 << 30
-
-
-def as_state(mine: Sequence[Held], mesh: DeviceMesh) -> dict[str, Tensor]:
-    """Tensors by Hugging Face name, sharing memory with what this rank holds. mesh: its tensor-parallel ranks."""
-    return {held.item.name: _global(held, mesh) for held in mine}
-
-
-def _global(held: Held, mesh: DeviceMesh) -> Tensor:
-    item = held.item
-    if item.cut is None:
-        return held.local
-    stride = tuple(math.prod(item.shape[i + 1 :]) for i in range(len(item.shape)))
-    return DTensor.from_local(
-        held.local, mesh, [Cut(item.cut)], run_check=False, shape=torch.Size(item.shape), stride=stride
-    )
 
 
 def save_copy(directory: Path, config: PreTrainedConfig, source: Path, parts: Iterable[Shard]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +14,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from workers.engines.megatron.architectures import Item
+from workers.engines.megatron.optimizer import Segment
+from workers.engines.megatron.slices import Slice, part_of
 from workers.sync.buckets import Shard
 
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)(\..*)")
+_EXPERT = re.compile(r"(.*\.local_experts\.)(\d+)(\..*)")
 
 
 class Held(NamedTuple):
@@ -26,26 +29,56 @@ class Held(NamedTuple):
     local: Tensor
     first: int
 
+    @property
+    def slice(self) -> Slice:
+        """Without what only a model's layout needs."""
+        first = [0] * len(self.item.shape)
+        first[self.item.dim] = self.first
+        return Slice(self.item.name, self.local, tuple(first), self.item.shape)
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a rank stands. replica: which of the (data-parallel) ranks that hold the same as it."""
+    """Where a rank stands. replica: which of the (data-parallel) ranks that hold the same as it.
+
+    expert_size: so many replicas, one after the other, divide the experts instead of all holding them.
+    """
 
     tensor_rank: int
     tensor_size: int
     replica: int
     num_replicas: int
+    expert_size: int = 1
+
+    @property
+    def expert_rank(self) -> int:
+        """Which of those that divide the experts."""
+        return self.replica % self.expert_size
+
+    def copies(self, item: Item) -> tuple[int, int]:
+        """(which, of how many) ranks that hold the same of this tensor."""
+        which, many = self.replica, self.num_replicas
+        if item.is_expert:
+            which, many = which // self.expert_size, many // self.expert_size
+        if item.cut is None:
+            which, many = which * self.tensor_size + self.tensor_rank, many * self.tensor_size
+        return which, many
 
 
-def parameters_of(stages: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
-    """This rank's parameters by the names tables use: Megatron numbers the layers of each stage from 0."""
+def parameters_of(stages: Sequence[nn.Module], first_expert: int) -> dict[str, nn.Parameter]:
+    """This rank's parameters by the names tables use: Megatron numbers the layers of each stage from 0, and the experts
+    of each rank. first_expert: of this rank's, in every layer."""
     found: dict[str, nn.Parameter] = {}
     for stage in stages:
         first = stage.decoder.layers[0].layer_number - 1  # type: ignore[union-attr,index]
         for name, parameter in stage.named_parameters():
-            local = _LAYER.match(name)
-            found[f"{local[1]}{int(local[2]) + first}{local[3]}" if local else name] = parameter
+            found[_renumbered(_EXPERT, _renumbered(_LAYER, name, first), first_expert)] = parameter
     return found
+
+
+def _renumbered(pattern: re.Pattern[str], name: str, first: int) -> str:
+    local = pattern.match(name)
+    return f"{local[1]}{int(local[2]) + first}{local[3]}" if local else name
 
 
 def held(items: Sequence[Item], tensors: Mapping[str, Tensor], place: Place) -> list[Held]:
@@ -61,6 +94,18 @@ def held(items: Sequence[Item], tensors: Mapping[str, Tensor], place: Place) -> 
         filled[item.parameter] += -(-item.shape[item.dim] // size)
         found.append(Held(item, local, first))
     return found
+
+
+def owned(
+    mine: Sequence[Held], parameters: Mapping[str, Tensor], segments: Sequence[Segment], tensors: Sequence[Tensor]
+) -> Iterator[Slice]:
+    """What of all that this rank holds its optimizer owns. tensors: one for each segment, of its size."""
+    by_parameter = {segment.parameter: (segment.first, t) for segment, t in zip(segments, tensors, strict=True)}
+    for part in mine:
+        if part.item.parameter in by_parameter:
+            first, elements = by_parameter[part.item.parameter]
+            within = int(part.local.storage_offset() - parameters[part.item.parameter].storage_offset())
+            yield from part_of(part.slice, within, elements, first)
 
 
 def parts(items: Sequence[Item], mine: Sequence[Held], place: Place) -> Iterator[Shard]:
@@ -80,9 +125,7 @@ def parts(items: Sequence[Item], mine: Sequence[Held], place: Place) -> Iterator
                 dim,
             )
             continue
-        count, number = place.num_replicas, place.replica
-        if item.cut is None:
-            count, number = count * place.tensor_size, number * place.tensor_size + place.tensor_rank
+        number, count = place.copies(item)
         total = whole.local.shape[dim]
         width = -(-total // count)
         start = min(number * width, total)
@@ -108,23 +151,22 @@ class Checkpoint:
             raise ValueError(f"strategy=megatron reads safetensors, and {directory} has none: save the model as such")
         self._open: dict[str, Any] = {}
 
-    def read(self, mine: Sequence[Held]) -> None:
-        """Fills in all that this rank holds. A value head, which no language model has, becomes 0.
+    def read(self, slices: Iterable[Slice]) -> None:
+        """Fills in what this rank holds. A value head, which no language model has, becomes 0.
 
         Raises ValueError naming a tensor that is missing or has another shape.
         """
-        for item, local, first in mine:
-            name = self._name(item.name)
-            if name is None and item.name == "value_head.weight":
-                local.zero_()
+        for part in slices:
+            name = self._name(part.name)
+            if name is None and part.name == "value_head.weight":
+                part.local.zero_()
                 continue
             if name is None:
-                raise ValueError(f"{self._directory} has no tensor {item.name}")
+                raise ValueError(f"{self._directory} has no tensor {part.name}")
             tensor = self._file(name).get_slice(name)
-            if tuple(tensor.get_shape()) != item.shape:
-                raise ValueError(f"{self._directory}: {name} has shape {tensor.get_shape()}, expected {item.shape}")
-            rows = slice(first, first + local.shape[item.dim])
-            local.copy_(tensor[rows] if item.dim == 0 else tensor[:, rows])
+            if tuple(tensor.get_shape()) != part.shape:
+                raise ValueError(f"{self._directory}: {name} has shape {tensor.get_shape()}, expected {part.shape}")
+            part.local.copy_(tensor[part.box])
 
     def _name(self, name: str) -> str | None:
         """Under which it is stored: models with a head have a prefix that bare ones have not."""

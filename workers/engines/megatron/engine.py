@@ -1,10 +1,9 @@
-"""TrainEngine on Megatron-core: dense decoders cut by tensor, pipeline and sequence, packed micro-batches."""
+"""TrainEngine on Megatron-core: decoders cut by tensor, pipeline, expert and sequence, packed micro-batches."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import tee
 from pathlib import Path
@@ -17,23 +16,20 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
-from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
-from torch.distributed.device_mesh import DeviceMesh
 
 from workers.batch import Batch, MicroBatch
 from workers.engines.base import EngineSpec, Loss, MicroBatches, StepResult, Update
 from workers.engines.flash import use_installed
-from workers.engines.logprobs import CHUNK_BYTES
-from workers.engines.megatron import groups, shim
-from workers.engines.megatron.architectures import check, items
-from workers.engines.megatron.checkpoint import as_state, save_copy
-from workers.engines.megatron.convert import Checkpoint, Place, fill_gaps, held, parameters_of, parts
+from workers.engines.megatron import groups, shim, slices
+from workers.engines.megatron.architectures import check, experts_of, items
+from workers.engines.megatron.checkpoint import save_copy
+from workers.engines.megatron.convert import Checkpoint, Place, fill_gaps, held, owned, parameters_of, parts
 from workers.engines.megatron.model import Stage, padded, transformer_config
-from workers.engines.megatron.optimizer import Gradients, MasterAdamW, clip_scale, gradient_norm
+from workers.engines.megatron.optimizer import Gradients, ShardedAdamW, clip_scale, gradient_norm
+from workers.engines.megatron.room import Room
+from workers.engines.megatron.slices import Slice
 from workers.engines.models import hf_config
 from workers.engines.optimizer import learning_rate
-from workers.engines.recompute import Recompute, free_bytes
 from workers.engines.reduction import reduce_metrics, spread
 from workers.engines.residency import Part
 from workers.normalizers import Normalizers
@@ -56,7 +52,6 @@ class MegatronEngine:
 
     def __init__(self, spec: EngineSpec, device: torch.device) -> None:
         self._spec, self._device = spec, device
-        self._itemsize: int = getattr(torch, spec.sharding.dtype).itemsize
         self._hf = hf_config(
             spec.model_path, trust_remote_code=spec.trust_remote_code, override_config=spec.override_config
         )
@@ -71,24 +66,24 @@ class MegatronEngine:
         chunks = range(virtual) if virtual else (None,)
         stages = [Stage(self._hf, self._config, spec.head, chunk).to(device) for chunk in chunks]
         self._chunks: Sequence[nn.Module] = [stage.train(spec.optimizer is not None) for stage in stages]
-        layers = [layer for stage in stages for layer in stage.decoder.layers]
-        setting = spec.gradient_checkpointing if spec.optimizer else False
-        self._recompute = Recompute(layers, setting, device, self._itemsize)
-        self._parameters = parameters_of(stages)
+        self._room = Room(self._hf, spec, device, [layer for stage in stages for layer in stage.decoder.layers])
+        self._place, experts = _place(), experts_of(self._hf)
+        per_rank = experts.number // spec.parallel.expert if experts else 0
+        self._parameters = parameters_of(stages, self._place.expert_rank * per_rank)
         self._items = list(items(self._hf, spec.head))
-        self._place = _place()
-        self._is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-        self.holds_outputs = self._is_last_stage and self._place.tensor_rank == 0
+        is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        self.holds_outputs = is_last_stage and self._place.tensor_rank == 0
         self.parts = {"weights": Part(lambda: [p.detach() for p in self._parameters.values()])}
         self._training = _Training(self._config, stages, self._parameters, spec) if spec.optimizer else None
         self._num_updates = 0
         if self._training is not None:
             self._chunks = self._training.chunks
             self.parts["optimizer"] = Part(self._training.optimizer.tensors, self._training.optimizer.missing_bytes)
-        fill_gaps(self._stored)
-        Checkpoint(Path(spec.model_path)).read(held(self._items, self._stored, self._place))
+        fill_gaps(self._parameters)
+        self._held = held(self._items, self._parameters, self._place)
+        Checkpoint(Path(spec.model_path)).read(self._weights())
         # views are made once, as none can be made of weights that are away
-        self._exported = tuple(parts(self._items, held(self._items, self._parameters, self._place), self._place))
+        self._exported = tuple(parts(self._items, self._held, self._place))
         self._publish()
 
     def forward(self, batch: Batch, micro_batches: MicroBatches, *, temperature: float) -> Tensor:
@@ -99,7 +94,7 @@ class MegatronEngine:
         def keep(rows: Sequence[int], _: MicroBatch, outputs: Tensor, __: Tensor | None) -> None:
             result[torch.from_numpy(batch.token_index(rows))] = outputs.cpu()
 
-        todo = [(rows, partial(keep, rows)) for rows in self._even(micro_batches)]
+        todo = [(rows, partial(keep, rows)) for rows in self._room.even(micro_batches)]
         with torch.no_grad():
             self._run(batch, todo, _NO_NORM, temperature, entropy=False, forward_only=True)
         return result
@@ -117,12 +112,12 @@ class MegatronEngine:
             total = spread(value) + 0.0 * outputs.sum()  # empty micro-batches take part in the collectives
             return total, torch.zeros((), dtype=torch.int), {}
 
-        todo = [(rows, lose) for rows in self._even(update.micro_batches)]
-        self._fit(batch, update)
+        todo = [(rows, lose) for rows in self._room.even(update.micro_batches)]
+        self._room.fit(batch, update, training.gradients.num_bytes + training.optimizer.missing_bytes())
         with training.gradients:
-            with self._measured(batch, update):
+            with self._room.measured(batch, update):
                 self._run(batch, todo, update.norm, temperature, entropy=entropy, forward_only=False)
-            grad_norm = gradient_norm(self._own_gradients(), parallel_state.get_model_parallel_group())
+            grad_norm = gradient_norm(self._own_gradients(), _world())
             skipped = not math.isfinite(grad_norm)
             lr = learning_rate(settings, self._num_updates)
             if not skipped:
@@ -131,60 +126,64 @@ class MegatronEngine:
         return StepResult(reduce_metrics(metrics, _world()), grad_norm, lr, skipped)
 
     def update_wants(self, batch: Batch, update: Update) -> int:
-        """Bytes an optimizer step wants to find free besides weights and optimizer state."""
+        """Bytes an optimizer step wants to find free besides weights and optimizer state, to recompute nothing."""
         assert self._training is not None
-        tokens = self._tokens_in_flight(batch, update.micro_batches)
-        return int(self._recompute.whole_bytes(tokens)) + self._training.gradients.num_bytes + self._logits_bytes()
+        return self._room.update_wants(batch, update, self._training.gradients.num_bytes)
 
     def forward_wants(self, batch: Batch, micro_batches: MicroBatches) -> int:
         """Bytes a forward pass wants to find free besides the weights."""
-        return int(self._recompute.working_bytes(max(self._tokens(batch, micro_batches)))) + self._logits_bytes()
+        return self._room.forward_wants(batch, micro_batches)
 
     def export_weights(self) -> Iterator[Shard]:
         """This rank's part of every parameter under its Hugging Face name; data-parallel replicas divide theirs."""
         return iter(self._exported)
 
     def save(self, directory: Path) -> None:
-        """Model, optimizer and update counter under Hugging Face names, by torch.distributed.checkpoint."""
+        """Model, optimizer and update counter under Hugging Face names; each rank writes what its optimizer owns."""
         groups.use(self._spec.parallel)
-        save_sharded(self._state(), checkpoint_id=directory, process_group=_world())
+        slices.write(directory, [*self._state(), *self._counts().values()], _world())
 
     def load(self, directory: Path) -> None:
         """Takes back what `save` wrote, under any number of ranks and however the model is cut."""
         groups.use(self._spec.parallel)
-        state = self._state()
-        load_sharded(state, checkpoint_id=directory, process_group=_world())
-        self._num_updates = int(state["num_updates"].item())
+        counts = self._counts()
+        slices.read(directory, [*self._state(), *counts.values()], _world())
+        self._num_updates = int(counts["num_updates"].local)
         if self._training is not None:
-            self._training.optimizer.num_steps = int(state["num_steps"].item())
+            self._training.optimizer.num_steps = int(counts["num_steps"].local)
         self._publish()
 
     def save_hf(self, directory: Path) -> None:
         """Hugging Face checkpoint (config and safetensors) in the dtype the model computes in, written by rank 0."""
         save_copy(directory, self._hf, Path(self._spec.model_path), self.export_weights())
 
-    @property
-    def _stored(self) -> Mapping[str, Tensor]:
-        """Where weights are kept to full precision."""
-        return self._training.optimizer.masters if self._training else self._parameters
-
     def _publish(self) -> None:
         if self._training is not None:
             self._training.optimizer.publish()
 
-    def _state(self) -> dict[str, Any]:
-        """Shares memory with the engine: loading into it is loading."""
-        mesh = DeviceMesh.from_group(parallel_state.get_tensor_model_parallel_group(), self._device.type)
-
-        def named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return as_state(held(self._items, tensors, self._place), mesh)
-
-        state: dict[str, Any] = {"model": named(self._stored), "num_updates": torch.tensor(self._num_updates)}
+    def _weights(self) -> Iterator[Slice]:
+        """Where weights are kept to full precision: by this rank's optimizer, or in the parameters."""
         if self._training is None:
-            return state
-        optimizer = self._training.optimizer
-        moments = {name: named(optimizer.state(name)) for name in ("exp_avg", "exp_avg_sq")}
-        return state | {"optimizer": moments, "num_steps": torch.tensor(optimizer.num_steps)}
+            return (part.slice for part in self._held)
+        return self._owned(self._training.optimizer.masters)
+
+    def _owned(self, tensors: Sequence[Tensor]) -> Iterator[Slice]:
+        assert self._training is not None
+        return owned(self._held, self._parameters, self._training.optimizer.segments, tensors)
+
+    def _state(self) -> Iterator[Slice]:
+        """Shares memory with the engine: loading into it is loading."""
+        found = {"model": self._weights()}
+        if self._training is not None:
+            for moment in ("exp_avg", "exp_avg_sq"):
+                found[f"optimizer.{moment}"] = self._owned(self._training.optimizer.state(moment))
+        return (part._replace(name=f"{key}.{part.name}") for key, parts in found.items() for part in parts)
+
+    def _counts(self) -> dict[str, Slice]:
+        counts = {"num_updates": self._num_updates}
+        if self._training is not None:
+            counts["num_steps"] = self._training.optimizer.num_steps
+        return {name: Slice(name, torch.tensor([count]), (0,), (1,)) for name, count in counts.items()}
 
     def _run(
         self,
@@ -220,62 +219,15 @@ class MegatronEngine:
                 collect_non_loss_data=forward_only,
             )
 
-    def _even(self, micro_batches: MicroBatches) -> list[Sequence[int]]:
-        """At least one, and for the interleaved schedule a multiple of the pipeline's length: empty ones fill it up."""
-        multiple = self._spec.parallel.pipeline if self._spec.parallel.virtual_pipeline else 1
-        missing = -len(micro_batches) % multiple if micro_batches else multiple
-        return [*micro_batches, *[()] * missing]
-
     def _pack(self, batch: Batch, rows: Sequence[int], norm: Normalizers) -> MicroBatch:
         micro = batch.micro_batch(rows, norm, share_prompt=self._spec.share_prompt, device=self._device)
         return padded(micro, self._config.tensor_model_parallel_size) if self._config.sequence_parallel else micro
 
     def _own_gradients(self) -> list[Tensor]:
-        """Those that no other rank of this rank's model-parallel group has."""
-        own = {i.parameter for i in self._items if not i.is_copy and (i.cut is not None or not self._place.tensor_rank)}
-        return [p.main_grad for name, p in self._parameters.items() if name in own]  # type: ignore[attr-defined]
-
-    def _fit(self, batch: Batch, update: Update) -> None:
-        """Decides which layers are recomputed in an optimizer step; collective."""
-        free = free_bytes(self._device)
-        if free is None:
-            return
+        """Those that no other rank has."""
         assert self._training is not None
-        room = free - self._training.gradients.num_bytes - self._training.optimizer.missing_bytes()
-        tokens = self._tokens_in_flight(batch, update.micro_batches)
-        self._recompute.fit(tokens, room - self._logits_bytes(), _world())
-
-    @contextmanager
-    def _measured(self, batch: Batch, update: Update) -> Iterator[None]:
-        """Around the first optimizer step, whose first micro-batch shows what activations take."""
-        if not self._recompute.needs_measuring:
-            yield
-            return
-        tokens = self._tokens(batch, update.micro_batches)
-        with self._recompute.measure(tokens[0], max(tokens), _world()):
-            yield
-
-    def _tokens(self, batch: Batch, micro_batches: MicroBatches) -> list[int]:
-        """Rows of each micro-batch; of an empty one if there is none."""
-        share_prompt = self._spec.share_prompt
-        return [batch.packed_tokens(rows, share_prompt=share_prompt) for rows in self._even(micro_batches)]
-
-    def _tokens_in_flight(self, batch: Batch, micro_batches: MicroBatches) -> int:
-        """Most rows whose activations this rank keeps at a time, as if each passed all of its layers.
-
-        Warm-up of the schedule on the first stage and the micro-batch at work (Narayanan et al. 2021, section 2.2).
-        """
-        parallel, tokens = self._spec.parallel, self._tokens(batch, micro_batches)
-        stages, chunks = parallel.pipeline, parallel.virtual_pipeline or 1
-        passes = stages if chunks == 1 else 2 * (stages - 1) + (chunks - 1) * stages + 1
-        return max(tokens) * min(len(tokens) * chunks, passes) // chunks
-
-    def _logits_bytes(self) -> int:
-        """What log-probs take: chunks of logits, and the gradient of the output layer."""
-        if not self._is_last_stage or self._spec.head != "logprobs":
-            return 0
-        weight: int = self._hf.vocab_size * self._hf.hidden_size // self._place.tensor_size
-        return 3 * CHUNK_BYTES[self._device.type] + 6 * weight
+        own = {i.parameter for i in self._items if not i.is_copy and (i.cut is not None or not self._place.tensor_rank)}
+        return [s.gradient for s in self._training.optimizer.segments if s.parameter in own]
 
 
 class _Training:
@@ -289,11 +241,28 @@ class _Training:
         spec: EngineSpec,
     ) -> None:
         assert spec.optimizer is not None
-        reduction = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+        _release(parameters.values())
+        for stage in stages:
+            if stage.share_embeddings_and_output_weights and (stage.pre_process or stage.post_process):
+                # a bucket by itself, which is divided alike on first and last stage: their gradients are added up
+                stage.shared_embedding_or_output_weight().shared_embedding = True  # type: ignore[attr-defined]
+        reduction = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=True
+        )
         config.finalize_model_grads_func = _sum_gradients
         self.chunks = [DistributedDataParallel(config, reduction, stage) for stage in stages]
+        self.optimizer = ShardedAdamW(
+            self.chunks, parameters, spec.optimizer, getattr(torch, spec.sharding.master_dtype)
+        )
         self.gradients = Gradients(self.chunks)
-        self.optimizer = MasterAdamW(parameters, spec.optimizer, getattr(torch, spec.sharding.master_dtype))
+
+
+def _release(parameters: Iterable[nn.Parameter]) -> None:
+    """Leaves one zero for all elements: Megatron copies parameters into its buffers, and nothing is in them yet."""
+    for parameter in parameters:
+        shape = parameter.shape
+        parameter.data = torch.empty_strided(shape, [0] * len(shape), dtype=parameter.dtype, device=parameter.device)
+        parameter.data.zero_()
 
 
 def _sum_gradients(chunks: list[nn.Module], _: Tensor | None, **options: Any) -> None:
@@ -307,6 +276,7 @@ def _place() -> Place:
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_data_parallel_rank(),
         parallel_state.get_data_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_world_size(),
     )
 
 

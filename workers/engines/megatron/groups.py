@@ -6,6 +6,7 @@ an engine begins with `use`, which puts the engine's set into place.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -37,7 +38,14 @@ def use(parallel: ParallelSpec) -> None:
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
             expert_model_parallel_size=parallel.expert,
             create_gloo_process_groups=False,
+            distributed_timeout_minutes=_timeout_minutes(world),
         )
         model_parallel_cuda_manual_seed(0, inference_rng_tracker=True)  # nothing here is random: it need not be tracked
         _MADE[key] = _globals()
     vars(parallel_state).update(_MADE[key])
+
+
+def _timeout_minutes(group: dist.ProcessGroup) -> int:
+    """The run's: Megatron's own is half an hour, and it counts in whole minutes."""
+    backend = group._get_backend(group._device_types[0])
+    return max(1, math.ceil(backend.options._timeout.total_seconds() / 60))

@@ -27,26 +27,35 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from workers.batch import MicroBatch
+from workers.batch import CHOOSE, MicroBatch
 from workers.engines.attention import PackedLayout, gather_rows, packed_attention, prepare
 from workers.engines.base import EngineSpec
 from workers.engines.fusion import fused
 from workers.engines.logprobs import VocabularyPart, token_logprobs
-from workers.engines.megatron.architectures import Head, has_qk_norm, has_qkv_bias, head_dim
+from workers.engines.megatron.architectures import Head, experts_of, has_experts, has_qk_norm, has_qkv_bias, head_dim
+from workers.engines.megatron.experts import Mixture, expert_settings
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """What attention needs to know of a micro-batch. cos, sin: [num_tokens, head_dim], of each row's own position."""
+    """What layers need to know of a micro-batch. cos, sin: [num_tokens, head_dim], of each row's own position.
+
+    routing: [tokens of this rank, num_layers, experts per token] or None, as in MicroBatch.
+    """
 
     layout: PackedLayout
     cos: Tensor
     sin: Tensor
+    routing: Tensor | None
 
 
 class RMSNorm(nn.Module):
@@ -99,17 +108,24 @@ class PackedSelfAttention(MegatronModule):  # type: ignore[misc]
 
 
 class Layer(TransformerLayer):  # type: ignore[misc]
-    """A decoder layer that recomputes its activations in the backward pass if `gradient_checkpointing` says so."""
+    """Attention, and an MLP or experts, which are told what to replay. Activations are computed again in the backward
+    pass if `gradient_checkpointing` says so."""
 
     gradient_checkpointing = False
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **options: Any) -> Any:
         """As Megatron's."""
         if not (self.gradient_checkpointing and torch.is_grad_enabled()):
-            return super().forward(*args, **kwargs)
+            return self._once(*args, **options)
         return torch.utils.checkpoint.checkpoint(
-            super().forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+            self._once, *args, use_reentrant=False, preserve_rng_state=False, **options
         )
+
+    def _once(self, *args: Any, packed_seq_params: Packed, **options: Any) -> Any:
+        if isinstance(self.mlp, Mixture):
+            routing = packed_seq_params.routing
+            self.mlp.router.replayed = None if routing is None else routing[:, self.layer_number - 1]
+        return super().forward(*args, packed_seq_params=packed_seq_params, **options)
 
 
 class Stage(MegatronModule):  # type: ignore[misc]
@@ -134,7 +150,7 @@ class Stage(MegatronModule):  # type: ignore[misc]
         self.rotary = LlamaRotaryEmbedding(hf)  # type: ignore[arg-type]  # any kind of `rope_parameters`; the same in all our architectures
         self.decoder = TransformerBlock(
             config,
-            TransformerBlockSubmodules([_layer_spec(hf)] * _num_layers(config), layer_norm=RMSNorm),
+            TransformerBlockSubmodules(_layer_specs(hf, config, chunk), layer_norm=RMSNorm),
             pre_process=self.pre_process,
             post_process=self.post_process,
             vp_stage=chunk,
@@ -159,7 +175,8 @@ class Stage(MegatronModule):  # type: ignore[misc]
         """Hidden states [num_tokens, 1, hidden_size] for the next stage; of the last stage, (log-probs or values
         [R] of the micro-batch's targets, entropies [R] or None), float32."""
         cos, sin = self.rotary(self._sample(), micro.position_ids[None])
-        packed = Packed(prepare(micro.segments, self.config.params_dtype), cos[0], sin[0])
+        layout = prepare(micro.segments, self.config.params_dtype)
+        packed = Packed(layout, cos[0], sin[0], self._routing(micro))
         hidden = self.embedding(micro.input_ids[None], micro.position_ids[None]) if self.pre_process else None
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=packed)
         if not self.post_process:
@@ -167,6 +184,15 @@ class Stage(MegatronModule):  # type: ignore[misc]
         if self._head == "values":
             return self._values(hidden, micro), None
         return self._logprobs(hidden, micro, temperature, entropy)
+
+    def _routing(self, micro: MicroBatch) -> Tensor | None:
+        """Of the rows that this rank's layers work on."""
+        if micro.routing is None or not self.config.sequence_parallel:
+            return micro.routing
+        mine: Tensor = micro.routing.chunk(self.config.tensor_model_parallel_size)[
+            parallel_state.get_tensor_model_parallel_rank()
+        ]
+        return mine
 
     def _logprobs(
         self, hidden: Tensor, micro: MicroBatch, temperature: float, entropy: bool
@@ -215,13 +241,14 @@ def padded(micro: MicroBatch, multiple: int) -> MicroBatch:
             owner=torch.cat([segments.owner, extra + len(segments.rows)]),
             borrowed=(*segments.borrowed, (0, 0)),
         ),
+        routing=None if micro.routing is None else F.pad(micro.routing, (0, 0, 0, 0, 0, missing), value=CHOOSE),
     )
 
 
 def transformer_config(hf: PreTrainedConfig, spec: EngineSpec, device: torch.device) -> TransformerConfig:
     """Megatron's settings. Loss and gradients are sums: the driver has divided by global counts already."""
     parallel, dtype = spec.parallel, getattr(torch, spec.sharding.dtype)
-    is_interleaved = parallel.virtual_pipeline is not None
+    is_interleaved, experts = parallel.virtual_pipeline is not None, experts_of(hf)
     return TransformerConfig(
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,
@@ -246,6 +273,7 @@ def transformer_config(hf: PreTrainedConfig, spec: EngineSpec, device: torch.dev
         sequence_parallel=parallel.sequence and parallel.tensor > 1,
         variable_seq_lengths=parallel.pipeline > 1,
         moe_token_dispatcher_type="alltoall",  # demanded with variable lengths, experts or not
+        **(expert_settings(experts, parallel) if experts else {}),
         overlap_p2p_comm=is_interleaved,  # two ranks send to each other twice at once: in a batch that deadlocks
         batch_p2p_comm=not is_interleaved,
         calculate_per_token_loss=True,
@@ -259,12 +287,21 @@ def transformer_config(hf: PreTrainedConfig, spec: EngineSpec, device: torch.dev
     )
 
 
-def _num_layers(config: TransformerConfig) -> int:
+def _layer_specs(hf: PreTrainedConfig, config: TransformerConfig, chunk: int | None) -> list[ModuleSpec]:
+    """Of the layers of one stage."""
     chunks = config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1)
-    return int(config.num_layers // chunks)
+    first, count = get_transformer_layer_offset(config, chunk), config.num_layers // chunks
+    dense, sparse = _layer_spec(hf, _mlp_spec()), _layer_spec(hf, Mixture)
+    return [sparse if has_experts(hf, layer) else dense for layer in range(first, first + count)]
 
 
-def _layer_spec(hf: PreTrainedConfig) -> ModuleSpec:
+def _mlp_spec() -> ModuleSpec:
+    return ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    )
+
+
+def _layer_spec(hf: PreTrainedConfig, mlp: ModuleSpec | type) -> ModuleSpec:
     return ModuleSpec(
         module=Layer,
         submodules=TransformerLayerSubmodules(
@@ -272,9 +309,7 @@ def _layer_spec(hf: PreTrainedConfig) -> ModuleSpec:
             self_attention=ModuleSpec(module=PackedSelfAttention, params={"qk_norm": has_qk_norm(hf)}),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-            ),
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -1,12 +1,16 @@
-"""AdamW on Megatron's parameters: gradients in float32 buffers, master weights where the model computes in less.
+"""AdamW on Megatron's parameters, divided over data-parallel replicas (ZeRO stage 1, arXiv 1910.02054).
 
-Every data-parallel rank holds the whole state of its part. Megatron's distributed optimizer would divide it, but its
-checkpoints are wrong without Transformer Engine or Apex.
+Megatron lays parameters and gradients out in flat buckets. Each replica owns an equal range of every bucket's elements,
+wherever in a parameter that begins: gradients are reduce-scattered to the owners, who keep float32 masters and moments
+of their range only, and the stepped weights are gathered in place. Megatron's own distributed optimizer would do that
+too, but its checkpoints are wrong without Transformer Engine or Apex.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +18,7 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor, nn
 
 from workers.engines.base import OptimizerSpec
-from workers.engines.optimizer import begin_state, make_optimizer, moments
+from workers.engines.optimizer import adamw, begin_state, moments
 
 NORM_GUARD = 1e-6
 """Added to the norm gradients are divided by, as torch.nn.utils.clip_grad_norm_ does."""
@@ -25,7 +29,7 @@ class Gradients:
 
     def __init__(self, chunks: Sequence[DistributedDataParallel]) -> None:
         self._chunks = chunks
-        self._storages = [buffer.grad_data.untyped_storage() for chunk in chunks for buffer in chunk.buffers]
+        self._storages = [buffer.grad_data.untyped_storage() for buffer in _buffers(chunks)]
         self._sizes = [storage.nbytes() for storage in self._storages]
         self._free()
 
@@ -48,27 +52,62 @@ class Gradients:
             storage.resize_(0)
 
 
-class MasterAdamW:
-    """AdamW that steps `masters`: the parameters themselves, or copies in `dtype` where they have another.
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Elements of one parameter that this rank steps.
 
-    parameters: by name. spec: of the optimizer.
+    parameter: its name. first: of the elements, counted row by row. weights, gradient: [num_elements], views that see
+    what becomes of their storages.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], spec: OptimizerSpec, dtype: torch.dtype) -> None:
-        self._parameters = parameters
-        self.masters = {
-            name: p if p.dtype == dtype else nn.Parameter(p.detach().to(dtype)) for name, p in parameters.items()
-        }
-        self._adamw = make_optimizer(nn.ParameterList(self.masters.values()), spec)
+    parameter: str
+    first: int
+    weights: Tensor
+    gradient: Tensor
+
+
+class ShardedAdamW:
+    """AdamW whose state is divided over the replicas of each bucket. Made while gradient buffers have memory.
+
+    It steps `masters`: this rank's elements of the parameters, or copies in `dtype` where parameters have another.
+
+    parameters: of the chunks, by name. spec: of the optimizer.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[DistributedDataParallel],
+        parameters: Mapping[str, nn.Parameter],
+        spec: OptimizerSpec,
+        dtype: torch.dtype,
+    ) -> None:
+        self._buckets = [
+            _Bucket(bucket, buffer.data_parallel_group) for buffer in _buffers(chunks) for bucket in buffer.buckets
+        ]
+        names = {parameter: name for name, parameter in parameters.items()}
+        self.segments = [segment for bucket in self._buckets for segment in bucket.segments(names)]
+        self.masters = [nn.Parameter(s.weights.to(dtype)) for s in self.segments]  # the weights themselves if of dtype
+        self._rounded = [
+            (segment.weights, master)
+            for segment, master in zip(self.segments, self.masters, strict=True)
+            if segment.weights.dtype != dtype
+        ]
+        is_matrix = [parameters[segment.parameter].ndim >= 2 for segment in self.segments]
+        self._adamw = adamw(
+            [master for master, decays in zip(self.masters, is_matrix, strict=True) if decays],
+            [master for master, decays in zip(self.masters, is_matrix, strict=True) if not decays],
+            spec,
+        )
 
     def missing_bytes(self) -> int:
         """Of the state that the first step makes."""
-        return 0 if self._adamw.state else 2 * sum(m.nbytes for m in self.masters.values())
+        return 0 if self._adamw.state else 2 * sum(m.nbytes for m in self.masters)
 
+    @torch.no_grad()
     def step(self, lr: float, scale: float) -> None:
-        """One step with the gradients in the buffers times `scale`."""
-        for name, parameter in self._parameters.items():
-            self.masters[name].grad = parameter.main_grad.mul_(scale).to(self.masters[name].dtype)  # type: ignore[attr-defined]
+        """One step with the gradients in the buffers times `scale`; collective over replicas."""
+        for segment, master in zip(self.segments, self.masters, strict=True):
+            master.grad = segment.gradient.mul_(scale).to(master.dtype)
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self._adamw.step()
@@ -77,20 +116,21 @@ class MasterAdamW:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Rounds master weights into the parameters."""
-        for name, parameter in self._parameters.items():
-            if self.masters[name] is not parameter:
-                parameter.copy_(self.masters[name])
+        """Rounds masters into this rank's part of the weights, and gets the other parts; collective over replicas."""
+        for weights, master in self._rounded:
+            weights.copy_(master)
+        works = [bucket.gather() for bucket in self._buckets]
+        for work in works:
+            work.wait()
 
     def tensors(self) -> list[Tensor]:
         """What is the optimizer's alone: moments and separate master weights."""
-        separate = [m.detach() for name, m in self.masters.items() if m is not self._parameters[name]]
-        return separate + moments(self._adamw)
+        return [master.detach() for _, master in self._rounded] + moments(self._adamw)
 
-    def state(self, moment: str) -> dict[str, Tensor]:
-        """`exp_avg` or `exp_avg_sq` of each parameter, made if there is none yet."""
+    def state(self, moment: str) -> list[Tensor]:
+        """`exp_avg` or `exp_avg_sq` of each segment, made if there is none yet."""
         begin_state(self._adamw)
-        return {name: self._adamw.state[master][moment] for name, master in self.masters.items()}
+        return [self._adamw.state[master][moment] for master in self.masters]
 
     @property
     def num_steps(self) -> int:
@@ -101,6 +141,40 @@ class MasterAdamW:
     def num_steps(self, value: int) -> None:
         for state in self._adamw.state.values():
             state["step"].fill_(value)
+
+
+class _Bucket:
+    """One of Megatron's buckets: flat weights and gradients of some parameters, an equal part for each rank of `group`.
+
+    Megatron fills buckets up so that they can be divided.
+    """
+
+    def __init__(self, bucket: Any, group: dist.ProcessGroup) -> None:
+        self._bucket, self._group = bucket, group
+        self._size = bucket.param_data.numel() // group.size()
+        self._first = group.rank() * self._size
+        self._own = bucket.param_data[self._first : self._first + self._size]
+
+    def segments(self, names: Mapping[nn.Parameter, str]) -> Iterator[Segment]:
+        """What of each parameter is in this rank's part."""
+        for parameter in self._bucket.params_list:
+            place = self._first - (parameter.main_grad.storage_offset() - self._bucket.grad_data.storage_offset())
+            first, last = max(0, place), min(parameter.numel(), place + self._size)
+            if first < last:
+                weights, gradient = parameter.detach().view(-1), parameter.main_grad.view(-1)
+                yield Segment(names[parameter], first, weights[first:last], gradient[first:last])
+
+    def gather(self) -> dist.Work:
+        """Begins to collect every rank's part, in place."""
+        work = dist.all_gather_into_tensor(self._bucket.param_data, self._own, group=self._group, async_op=True)
+        assert isinstance(work, dist.Work)
+        return work
+
+
+def _buffers(chunks: Sequence[DistributedDataParallel]) -> Iterator[Any]:
+    """Megatron's, each with the group that has replicas of what is in it: experts have another than the rest."""
+    for chunk in chunks:
+        yield from (*chunk.buffers, *chunk.expert_parallel_buffers)
 
 
 def gradient_norm(gradients: list[Tensor], group: dist.ProcessGroup) -> float:

@@ -36,8 +36,45 @@ def _keep_cpu_weights() -> None:
         utils.dispatch_cpu_unquantized_gemm = keep
 
 
+def _keep_cpu_experts() -> bool:
+    """The same of expert weights, where vLLM's CPU build computes them as we know (0.32). Whether it does."""
+    try:
+        from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+    except ImportError:
+        return False
+    CPUUnquantizedExperts.process_weights_after_loading = lambda self, layer: None  # type: ignore[method-assign]
+    CPUUnquantizedExperts.apply = _plain_experts  # type: ignore[method-assign,assignment]
+    return True
+
+
+def _plain_experts(
+    self: Any,
+    output: Tensor,
+    hidden_states: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    activation: Any,
+    **_: Any,
+) -> None:
+    """One expert after the other: w1 [experts, gate and up, hidden], w2 [experts, hidden, gate]."""
+    assert activation.value == "silu", activation
+    total = torch.zeros_like(hidden_states, dtype=torch.float32)
+    for expert in topk_ids.unique().tolist():
+        token, place = torch.where(topk_ids == expert)
+        gate, up = F.linear(hidden_states[token], w1[expert]).chunk(2, dim=-1)
+        out = F.linear(F.silu(gate) * up, w2[expert])
+        total.index_add_(0, token, out.float() * topk_weights[token, place, None].float())
+    output.copy_(total)
+
+
+_PLAIN_EXPERTS = False
+"""Whether expert weights of a CPU are what parameters say."""
+
 if not torch.cuda.is_available():
     _keep_cpu_weights()
+    _PLAIN_EXPERTS = _keep_cpu_experts()
 
 
 class TandemWorkerExtension:
@@ -52,15 +89,17 @@ class TandemWorkerExtension:
 
         Expert weights may lie in memory as a kernel wants them; vLLM (0.16 and later) puts them back for loading. Then
         nothing can be marked, and what was left out shows in the checksum alone.
-        Raises RuntimeError for experts on a CPU, whose kernels keep copies that no reload reaches.
+        Raises RuntimeError for experts on a CPU whose kernels keep copies that no reload reaches.
         """
         model = self.model_runner.model
         experts = any(hasattr(module, "w13_weight") for module in model.modules())
-        if experts and not torch.cuda.is_available():
-            raise RuntimeError("weight sync: vLLM's CPU build cannot take new weights for mixture-of-experts models")
+        if experts and not torch.cuda.is_available() and not _PLAIN_EXPERTS:
+            raise RuntimeError(
+                "weight sync: this vLLM's CPU build cannot take new weights for mixture-of-experts models; use 0.32"
+            )
         self._tandem_reader = getattr(self, "_tandem_reader", None) or BucketReader()
         self._tandem_seen: set[str] = set()
-        self._tandem_layerwise = experts and importlib.util.find_spec(RELOAD) is not None
+        self._tandem_layerwise = experts and torch.cuda.is_available() and importlib.util.find_spec(RELOAD) is not None
         if self._tandem_layerwise:
             with self._tandem_loading():
                 importlib.import_module(RELOAD).initialize_layerwise_reload(model)
