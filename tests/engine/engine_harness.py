@@ -67,7 +67,7 @@ MORE: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 8},
     "qwen3_moe": _FOUR_EXPERTS | {"norm_topk_prob": True},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "mixed": _FOUR_EXPERTS | {"norm_topk_prob": False, "mlp_only_layers": [1], "num_hidden_layers": 3},
+    "mixed": _FOUR_EXPERTS | {"norm_topk_prob": False, "mlp_only_layers": [1], "num_hidden_layers": 4},
 }
 """What else their configs say."""
 

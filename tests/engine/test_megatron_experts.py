@@ -3,6 +3,7 @@ test_megatron_parity.)"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,8 @@ from engine_harness import (
 )
 from safetensors.torch import load_file
 from test_engine_checkpoints import save_between_steps
+from test_engine_residency import train_in_turn
+from test_engine_updates import step_good_bad_good
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoModelForCausalLM
@@ -115,6 +118,44 @@ def test_checkpoints_are_cut_anew(model_path: ModelPath, solo: Solo, pair: Pair,
     uninterrupted = pair.run(train, replace(job, steps=1 + len(ways), save=None))
     assert last[0].results[0].grad_norm == pytest.approx(uninterrupted[0].results[-1].grad_norm, rel=1e-4)
     assert relative_error(weights(last), weights(uninterrupted)) < 1e-6
+
+
+def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(model_path: ModelPath, quad: Quad) -> None:
+    """And leaves no trace, whichever rank's sequence it came from."""
+    split = ([[0, 1, 2]], [[3, 4, 5]], [[6, 7, 8]], [[9, 10, 11]])
+    job = Job(spec_of(model_path("qwen3_moe", False), EXPERT, optimizer=ADAMW), TABLE, split, temperature=1.0)
+    without = quad.run(train, replace(job, steps=2))
+    bad = replace(job, table=TABLE.with_column("advantages", math.nan, [9]))
+    for answer, (skipped, finite, found) in zip(without, quad.run(step_good_bad_good, job, bad), strict=True):
+        assert (skipped, finite) == ([False, True, False], [True, False, True])
+        for name, data, *_ in answer.shards:
+            np.testing.assert_array_equal(found[name][2].numpy(), data)
+
+
+def gradient_bytes(mesh: DeviceMesh, spec: EngineSpec) -> tuple[int, int, int]:
+    """Of parameters in float32, of gradients inside a step, and of those outside of it."""
+    engine: Any = build(mesh, spec)
+    training = engine._training
+    storages = [
+        b.grad_data.untyped_storage() for c in training.chunks for b in [*c.buffers, *c.expert_parallel_buffers]
+    ]
+    with training.gradients:
+        inside = sum(storage.nbytes() for storage in storages)
+    return sum(4 * p.numel() for p in engine._parameters.values()), inside, sum(s.nbytes() for s in storages)
+
+
+def test_gradients_take_memory_inside_a_step_only(model_path: ModelPath, pair: Pair) -> None:
+    for weights, inside, outside in pair.run(gradient_bytes, spec_of(model_path("qwen3_moe", False), EXPERT)):
+        assert inside >= weights
+        assert outside == 0
+
+
+def test_offloading_changes_nothing(model_path: ModelPath, pair: Pair, tmp_path: Path) -> None:
+    spec = spec_of(model_path("mixtral", False), EXPERT, dtype="bfloat16")
+    kept = pair.run(train_in_turn, spec, False, tmp_path / "kept")
+    moved = pair.run(train_in_turn, spec, True, tmp_path / "moved")
+    assert [numbers for numbers, _, _ in moved] == [numbers for numbers, _, _ in kept]
+    assert_equal(assemble([shards for _, shards, _ in moved]), assemble([shards for _, shards, _ in kept]))
 
 
 def test_the_hugging_face_copy_is_exact(model_path: ModelPath, pair: Pair, tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ WAYS = [
     Way("experts, tensor parallel", "pair", ParallelSpec(tensor=2, sequence=True), "qwen3_moe", False),
     Way("experts, some layers without", "pair", ParallelSpec(expert=2), "mixed", False, TWO),
     Way("expert parallel pipeline", "quad", ParallelSpec(pipeline=2, expert=2), "qwen3_moe", False, TWO),
+    Way("interleaved expert parallel", "quad", ParallelSpec(1, 2, 2, expert=2), "mixed", False, TWO),
     Way("experts, tensor and data parallel", "quad", ParallelSpec(tensor=2, sequence=True), "mixtral", False, TWO),
     Way("expert and data parallel", "quad", ParallelSpec(expert=2), "qwen3_moe", False, FOUR),
 ]
