@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py quickstart --check          # seconds per step, where they go, start-up: 1-2 minutes
     python scripts/benchmark.py rollout --check             # generation against a bare LLM.generate: 1 minute
+    python scripts/benchmark.py logprobs --check            # memory of log-probs over a large vocabulary: 1 minute
     python scripts/benchmark.py w1                          # real scale on one GPU; w1 --help tells its parts
     python scripts/benchmark.py quickstart-seeds --svg docs/images/learning_curve.svg    # three seeds
 
@@ -17,11 +18,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from benchmarks import quickstart, rollout, seeds, w1
+from benchmarks import logprobs, quickstart, rollout, seeds, w1
 from benchmarks.launch import RunFailed
 from subcommands import run_one
 
-COMMANDS = (quickstart.COMMAND, seeds.COMMAND, rollout.COMMAND, w1.COMMAND)
+COMMANDS = (quickstart.COMMAND, seeds.COMMAND, rollout.COMMAND, logprobs.COMMAND, w1.COMMAND)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -54,6 +54,14 @@ QUICKSTART_SEEDS = (
 # any larger model makes the share smaller.
 ROLLOUT = (Floor("smallest_ratio", at_least=0.90),)
 
+# Log-probs never hold tokens times vocabulary: memory goes with the chunk (and one gradient of the output layer), not
+# with the tokens; and the numbers are those of the formula.
+LOGPROBS = (
+    Floor("smallest_over_logits", at_most=0.5),
+    Floor("twice_the_rows", at_most=1.1),
+    Floor("error", at_most=1e-6),
+)
+
 # Ten steps in a row without growth of memory: from the second on, which has seen every shape of a step, no phase may
 # take more of the GPU but for 1 % of its peak, by which the share of free memory that plans go by may vary. Fewer than
 # five steps do not tell.

@@ -28,6 +28,15 @@ def test_generation_costs_little_more_than_vllms_own_loop(tmp_path: Path) -> Non
     assert result["smallest_ratio"] > 0.7, result["logprobs"]
 
 
+def test_log_probs_never_hold_tokens_times_vocabulary(tmp_path: Path) -> None:
+    result = benchmark(tmp_path / "lp.json", "logprobs", "--rows", "256", "--hidden", "32", "--chunks", "8,64")
+    few, many, twice = (entry["bytes"] for entry in result["chunked"])
+    assert few < many < result["formula"]["bytes"]
+    assert few < 0.5 * result["logits_bytes"]
+    assert twice < 1.2 * few, "twice the tokens take no more"
+    assert result["error"] < 1e-6
+
+
 def test_w1_on_a_cpu(tmp_path: Path) -> None:
     result = benchmark(tmp_path / "w1.json", "w1", "--shape", "tiny", "--steps", "3", "--sampler-logprobs")
     phases = result["phases"]
