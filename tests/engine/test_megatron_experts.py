@@ -228,7 +228,8 @@ def replay(mesh: DeviceMesh, spec: EngineSpec) -> tuple[FloatArray, FloatArray]:
     batch, chosen = TABLE.batch(ALL), []
     hooks = [
         layer.mlp.router.register_forward_hook(lambda _, __, out: chosen.append(out[1].nonzero()[:, 1].view(-1, 2)))
-        for layer in engine._layers
+        for stage in engine._chunks
+        for layer in stage.decoder.layers
     ]
     own = engine.forward(batch, [ALL], temperature=1.0).numpy()
     for hook in hooks:
