@@ -21,6 +21,7 @@ from workers.memory import CudaMeter
 from workers.sync.buckets import BucketReader
 from workers.sync.checksum import checksum
 
+CPU_EXPERTS = "vllm.model_executor.layers.fused_moe.experts.cpu_moe"
 RELOAD = "vllm.model_executor.model_loader.reload"
 
 
@@ -39,11 +40,11 @@ def _keep_cpu_weights() -> None:
 def _keep_cpu_experts() -> bool:
     """The same of expert weights, where vLLM's CPU build computes them as we know (0.32). Whether it does."""
     try:
-        from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
-    except ImportError:
+        experts: Any = importlib.import_module(CPU_EXPERTS).CPUUnquantizedExperts
+    except (ImportError, AttributeError):
         return False
-    CPUUnquantizedExperts.process_weights_after_loading = lambda self, layer: None  # type: ignore[method-assign]
-    CPUUnquantizedExperts.apply = _plain_experts  # type: ignore[method-assign,assignment]
+    experts.process_weights_after_loading = lambda self, layer: None
+    experts.apply = _plain_experts
     return True
 
 
