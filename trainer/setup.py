@@ -273,7 +273,7 @@ def _start_scorers(cfg: Config, inputs: Inputs) -> WorkerGroup:
 
 def _actor(cfg: Config, workers: Workers, inputs: Inputs) -> TrainRole:
     actor = cfg.actor_rollout_ref.actor
-    loss = policy_loss(actor, cfg.data.max_response_length)
+    loss = policy_loss(actor, cfg.data.max_response_length, cfg.algorithm.rollout_correction)
     settings = UpdateSettings(
         loss=loss,
         entropy=loss.needs_entropy,

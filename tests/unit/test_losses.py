@@ -18,17 +18,24 @@ from torch import Tensor
 from trainer.algorithms import kl
 from trainer.algorithms.aggregation import AGGREGATION_MODES, aggregate, count_loss_tokens, normalizers
 from trainer.algorithms.losses import PolicyLoss, ValueLoss, policy_loss, value_loss
-from trainer.config.schema import ActorConfig, CriticConfig, KlCtrlConfig
+from trainer.algorithms.policy.clipped import Gspo, Ppo
+from trainer.algorithms.thresholds import Bounds, Correction
+from trainer.config.schema import (
+    ActorConfig,
+    CriticConfig,
+    KlCtrlConfig,
+    PolicyLossConfig,
+    RolloutCorrectionConfig,
+)
 from workers.batch import Batch, MicroBatch
 from workers.normalizers import Normalizers
 
 VOCABULARY = 11
 LENGTH = 7.0
 CPU = torch.device("cpu")
+PPO = Ppo(clip_low=0.2, clip_high=0.28, clip_c=3.0)
 POLICY = PolicyLoss(
-    clip_low=0.2,
-    clip_high=0.28,
-    clip_c=3.0,
+    objective=PPO,
     agg_mode="token-mean",
     entropy_coeff=0.01,
     calculate_entropy=False,
@@ -118,10 +125,10 @@ def naive_aggregate(rows: list[list[float]], mode: str) -> float:
     return sum(sum(row) for row in rows) / len(rows) / LENGTH
 
 
-def naive_ppo(new: float, old: float, advantage: float, loss: PolicyLoss) -> float:
+def naive_ppo(new: float, old: float, advantage: float) -> float:
     ratio = math.exp(min(max(new - old, -20.0), 20.0))
-    result = max(-advantage * ratio, -advantage * min(max(ratio, 1 - loss.clip_low), 1 + loss.clip_high))
-    return min(result, -advantage * loss.clip_c) if advantage < 0 else result
+    result = max(-advantage * ratio, -advantage * min(max(ratio, 0.8), 1.28))
+    return min(result, -advantage * 3.0) if advantage < 0 else result
 
 
 def naive_k3(new: float, ref: float) -> float:
@@ -136,7 +143,7 @@ def naive_policy_loss(loss: PolicyLoss, batch: Batch, theta: list[float]) -> flo
     scale = 1.0 + sum(theta) / len(theta)
     per_token = []
     for i, logprob in enumerate(new):
-        value = naive_ppo(logprob, columns["old_logprobs"][i], columns["advantages"][i], loss)
+        value = naive_ppo(logprob, columns["old_logprobs"][i], columns["advantages"][i])
         value -= loss.entropy_coeff * columns["entropy"][i] * scale
         value += (loss.kl_loss_coef or 0.0) * naive_k3(logprob, columns["ref_logprobs"][i])
         per_token.append(value)
@@ -350,6 +357,7 @@ def test_losses_from_configuration_travel() -> None:
         clip_ratio_low=0.1,
         clip_ratio_high=0.3,
         clip_ratio_c=4.0,
+        policy_loss=PolicyLossConfig(loss_mode="vanilla", params={}),
         loss_agg_mode="token-sum",
         entropy_coeff=0.0,
         calculate_entropy=True,
@@ -358,11 +366,33 @@ def test_losses_from_configuration_travel() -> None:
         kl_loss_type="k2",
         loss_scale_factor=None,
     )
-    loss = policy_loss(actor, 64)
-    assert loss == PolicyLoss(0.1, 0.3, 4.0, "token-sum", 0.0, True, None, "k2", 64.0)
-    assert policy_loss(actor.model_copy(update={"loss_scale_factor": 9.0, "use_kl_loss": True}), 64) == replace(
-        loss, length=9.0, kl_loss_coef=0.5
+    plain = RolloutCorrectionConfig(
+        rollout_is=None,
+        rollout_is_threshold=2.0,
+        rollout_rs=None,
+        rollout_rs_threshold=None,
+        bypass_mode=False,
+        rollout_is_batch_normalize=False,
     )
+    loss = policy_loss(actor, 64, plain)
+    assert loss == PolicyLoss(Ppo(0.1, 0.3, 4.0), "token-sum", 0.0, True, None, "k2", 64.0)
+    changed = actor.model_copy(
+        update={
+            "loss_scale_factor": 9.0,
+            "use_kl_loss": True,
+            "policy_loss": PolicyLossConfig(loss_mode="gspo", params={}),
+        }
+    )
+    icepop = plain.model_copy(update={"rollout_is": "token", "rollout_is_threshold": "0.5_5"})
+    assert policy_loss(changed, 64, icepop) == replace(
+        loss,
+        objective=Gspo(0.1, 0.3),
+        length=9.0,
+        kl_loss_coef=0.5,
+        correction=Correction(level="token", bounds=Bounds(0.5, 5.0)),
+    )
+    with pytest.raises(ValueError, match="loss_scale_factor=0: the loss is divided by it; set it above 0"):
+        policy_loss(actor.model_copy(update={"loss_scale_factor": 0.0}), 64, plain)
     critic = CriticConfig.model_construct(cliprange_value=0.4, loss_agg_mode="token-mean")
     assert value_loss(critic, 64) == ValueLoss(0.4, "token-mean", 64.0)
     assert pickle.loads(pickle.dumps(loss)) == loss
@@ -398,6 +428,17 @@ def test_kl_estimators(names: Sequence[str], expected: list[float]) -> None:
     reference = torch.tensor([-1.5, -1.5, -1000.0], dtype=torch.float64)
     for name in names:
         assert kl.estimate(logprobs, reference, name).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("base", ["k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl"])
+def test_straight_through_estimators(base: str) -> None:
+    """With + the value is the estimator's, the slope that of k2: log policy - log reference."""
+    logprobs = torch.tensor([-1.0, -2.0, -0.5, -3.0], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([-1.5, -1.5, -0.5, -300.0], dtype=torch.float64)
+    value = kl.estimate(logprobs, reference, f"{base}+")
+    assert value.tolist() == kl.estimate(logprobs, reference, base).tolist()
+    (slope,) = torch.autograd.grad(value.sum(), logprobs)
+    assert slope.tolist() == pytest.approx([0.5, -0.5, 0.0, 297.0])
 
 
 def test_k3_keeps_small_divergences() -> None:
