@@ -29,6 +29,7 @@ class Samples:
 
     key: names the batch; workers cache by it. prompts: by group number. blocks: RolloutBlock references, one per chunk.
     meta: [S]; where: [S, 2] = (block, row in block). rewards: [S]; parts: name -> [S]; errors: [S], "" if none.
+    baseline: [S], the reward of the greedy response to the same prompt (ReMax), or None.
     rank_of: number of training ranks -> [S], the rank each row was dealt to.
     """
 
@@ -40,6 +41,7 @@ class Samples:
     rewards: FloatArray
     parts: dict[str, FloatArray]
     errors: tuple[str, ...]
+    baseline: FloatArray | None = None
     columns: dict[str, Column] = field(default_factory=dict)
     rank_of: dict[int, npt.NDArray[np.int64]] = field(default_factory=dict)
 
@@ -84,6 +86,7 @@ class Samples:
             rewards=self.rewards[rows],
             parts={name: values[rows] for name, values in self.parts.items()},
             errors=tuple(self.errors[r] for r in rows),
+            baseline=None if self.baseline is None else self.baseline[rows],
         )
 
     def rank_batch(self, rows: npt.NDArray[np.int64], num_ranks: int) -> RankBatch:
