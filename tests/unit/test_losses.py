@@ -12,8 +12,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensordict import TensorDict
-from torch import Tensor
+from loss_world import (
+    COLUMNS,
+    CPU,
+    INPUTS,
+    LENGTH,
+    VOCABULARY,
+    accumulate,
+    by_sequence,
+    make_batch,
+    naive_aggregate,
+    norm_of,
+    splits,
+    theta_of,
+    whole,
+)
 
 from trainer.algorithms import kl
 from trainer.algorithms.aggregation import AGGREGATION_MODES, aggregate, count_loss_tokens, normalizers
@@ -27,12 +40,9 @@ from trainer.config.schema import (
     PolicyLossConfig,
     RolloutCorrectionConfig,
 )
-from workers.batch import Batch, MicroBatch
+from workers.batch import Batch
 from workers.normalizers import Normalizers
 
-VOCABULARY = 11
-LENGTH = 7.0
-CPU = torch.device("cpu")
 PPO = Ppo(clip_low=0.2, clip_high=0.28, clip_c=3.0)
 POLICY = PolicyLoss(
     objective=PPO,
@@ -44,85 +54,9 @@ POLICY = PolicyLoss(
     length=LENGTH,
 )
 VALUE = ValueLoss(clip=0.5, agg_mode="token-mean", length=LENGTH)
-INPUTS = ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs", "values", "returns", "base")
-COLUMNS = (*INPUTS, "entropy")
-
-
-def make_batch(seed: int, lengths: Sequence[int], dtype: torch.dtype = torch.float64) -> Batch:
-    """Random ragged sequences, three to a group, with every column a loss may read."""
-    rng = np.random.default_rng(seed)
-    total = sum(lengths)
-    columns = {name: torch.from_numpy(rng.normal(size=total)).to(dtype) for name in COLUMNS}
-    columns["rollout_logprobs"][torch.from_numpy(rng.random(total) < 0.3)] = math.nan
-    tokens = TensorDict({"loss_mask": torch.from_numpy(rng.random(total) < 0.7), **columns}, batch_size=[total])
-    group = np.arange(len(lengths), dtype=np.int32) // 3
-    prompts = [rng.integers(0, VOCABULARY, 1 + g).astype(np.int32) for g in range(len(lengths))]
-    responses = [rng.integers(0, VOCABULARY, n).astype(np.int32) for n in lengths]
-    return Batch([prompts[g] for g in group], responses, group, tokens)
-
-
-def norm_of(batch: Batch) -> Normalizers:
-    mask = batch.tokens.get("loss_mask").numpy()
-    return normalizers(count_loss_tokens(batch.lengths, mask), length=LENGTH)
-
-
-def run(loss: PolicyLoss | ValueLoss, micro: MicroBatch, theta: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a toy model whose prediction is a token's own offset plus a parameter that many tokens share."""
-    entropy = micro.tokens["entropy"] * (1.0 + theta.mean()) if loss.needs_entropy else None
-    return loss(micro.tokens["base"] + theta[micro.targets], entropy, micro)
-
-
-def whole(loss: PolicyLoss | ValueLoss, batch: Batch, theta: Tensor) -> tuple[float, Tensor, dict[str, float]]:
-    """Loss, gradient and metrics with everything in one micro-batch."""
-    return accumulate(loss, batch, theta, [list(range(len(batch)))])
-
-
-def accumulate(
-    loss: PolicyLoss | ValueLoss, batch: Batch, theta: Tensor, parts: Sequence[Sequence[int]]
-) -> tuple[float, Tensor, dict[str, float]]:
-    """What engines do: backward for each micro-batch, gradients and metrics added up."""
-    theta = theta.clone().requires_grad_()
-    total, metrics = 0.0, dict[str, float]()
-    for rows in parts:
-        micro = batch.micro_batch(rows, norm_of(batch), share_prompt=True, device=CPU)
-        value, measured = run(loss, micro, theta)
-        value.backward()
-        total += value.item()
-        for name, metric in measured.items():
-            assert metric.shape == () and not metric.requires_grad
-            add = max if name.endswith("_max") else min if name.endswith("_min") else lambda a, b: a + b
-            metrics[name] = add(metrics[name], metric.item()) if name in metrics else metric.item()
-    assert theta.grad is not None
-    return total, theta.grad, metrics
-
-
-def theta_of(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).normal(size=VOCABULARY)).to(dtype)
 
 
 # --- formulas written out -------------------------------------------------------------------------------------------
-
-
-def by_sequence(batch: Batch, values: list[float]) -> list[list[float]]:
-    """Masked-in values of each sequence."""
-    mask, rows, start = batch.tokens["loss_mask"].tolist(), [], 0
-    for length in batch.lengths.tolist():
-        rows.append([values[i] for i in range(start, start + length) if mask[i]])
-        start += length
-    return rows
-
-
-def naive_aggregate(rows: list[list[float]], mode: str) -> float:
-    everything = [v for row in rows for v in row]
-    if mode == "token-mean":
-        return sum(everything) / len(everything)
-    if mode == "token-sum":
-        return sum(everything)
-    if mode == "seq-mean-token-sum":
-        return sum(sum(row) for row in rows) / len(rows)
-    if mode == "seq-mean-token-mean":
-        return sum(sum(row) / len(row) for row in rows if row) / len(rows)
-    return sum(sum(row) for row in rows) / len(rows) / LENGTH
 
 
 def naive_ppo(new: float, old: float, advantage: float) -> float:
@@ -238,17 +172,6 @@ def test_gradient_at_ratio_one_is_the_policy_gradient() -> None:
 
 
 # --- independence of the split --------------------------------------------------------------------------------------
-
-
-@st.composite
-def splits(draw: st.DrawFn) -> tuple[int, list[int], list[list[int]]]:
-    """Lengths, and the sequences in any order in any micro-batches (ranks only add up more of them), some empty."""
-    lengths = draw(st.lists(st.integers(0, 6), min_size=1, max_size=9))
-    order = draw(st.permutations(range(len(lengths))))
-    parts: list[list[int]] = [[] for _ in range(draw(st.integers(1, 5)))]
-    for row in order:
-        parts[draw(st.integers(0, len(parts) - 1))].append(row)
-    return draw(st.integers(0, 10**6)), lengths, parts
 
 
 @settings(deadline=None, max_examples=40)

@@ -51,9 +51,14 @@ class Mismatch:
 
 
 def mismatch(trainer: Tensor, sampler: Tensor, mask: Tensor, sequence: Tensor, num_sequences: int) -> Mismatch:
-    """log rho of log-probs [R], detached and finite; a token that the sampler was not asked for (NaN) agrees."""
+    """The parts above from log-probs [R]; a token that the sampler was not asked for (NaN) agrees."""
+    return Mismatch(log_ratios(trainer, sampler, mask), mask, sequence, num_sequences)
+
+
+def log_ratios(trainer: Tensor, sampler: Tensor, mask: Tensor) -> Tensor:
+    """log rho of log-probs [R], detached and finite; 0 where masked or NaN."""
     difference = torch.nan_to_num(trainer.detach() - sampler, nan=0.0, posinf=INFINITE, neginf=-INFINITE)
-    return Mismatch(torch.where(mask, difference, 0.0), mask, sequence, num_sequences)
+    return torch.where(mask, difference, 0.0)
 
 
 def raw_weights(x: Mismatch, level: str) -> Tensor:
@@ -90,7 +95,7 @@ def statistic(x: Mismatch, name: str) -> Tensor:
         return value
     if level == "seq_max":
         zeros = value.new_zeros(x.num_sequences)
-        return zeros.index_reduce(0, x.sequence, torch.where(x.mask, value, 0.0), "amax")[x.sequence]
+        return zeros.scatter_reduce(0, x.sequence, torch.where(x.mask, value, 0.0), "amax")[x.sequence]
     return (x.sums(value) if level == "seq_sum" else x.means(value))[x.sequence]
 
 

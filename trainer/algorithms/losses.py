@@ -22,6 +22,7 @@ from trainer.algorithms.corrections import (
     WEIGHTS,
     correction_metrics,
     correction_weights,
+    log_ratios,
     mismatch,
     normalized_weights,
 )
@@ -97,6 +98,7 @@ class PolicyLoss:
         per_token, metrics = self._corrected(objective.loss, x, micro)
         mode = self.agg_mode if self.objective.agg_mode is None else self.objective.agg_mode
         pg_loss = weighted_sum(per_token, mask, _weights(micro, mask, mode, logprobs.dtype))
+        metrics |= {name: value.detach() for name, value in objective.metrics.items()}
         metrics |= {"actor/pg_loss": pg_loss.detach(), **_ratio_metrics(x.log_ratio.detach(), objective, mask, micro)}
         weights = _weights(micro, mask, self.agg_mode, logprobs.dtype)
         loss = self._add_entropy(pg_loss, entropy, mask, weights, micro, metrics)
@@ -243,9 +245,8 @@ def mismatch_metrics(sampler: Tensor, trainer: Tensor, mask: Tensor) -> Metrics:
     """
     with torch.no_grad():
         asked = mask & ~torch.isnan(sampler)
-        sampler = torch.where(asked, sampler, trainer)
-        distance = torch.where(asked, (trainer - sampler).abs(), 0.0)
-        divergence = torch.where(asked, kl.k3(sampler, trainer), 0.0)
+        log_rho = log_ratios(trainer, sampler, asked)
+        distance, divergence = log_rho.abs(), kl.k3(torch.zeros_like(log_rho), log_rho)
         return {
             "mismatch/logprob_abs_diff_sum": distance.sum(),
             "mismatch/logprob_abs_diff_max": _max(distance, identity=0.0),

@@ -110,7 +110,7 @@ def _limits(statistic: str, value: str) -> Bounds:
     """k1 is the log of a ratio, so its bounds are bounds of a ratio, and one number stands for 1/number and number."""
     key = f"{KEY}.rollout_rs_threshold"
     if not statistic.endswith("k1"):
-        upper = _number(key, value)
+        upper = _number(key, value, value)
         if upper <= 0.0:
             raise ValueError(f"{key}={value}: {statistic} is never below 0; set its upper bound above 0, e.g. 0.01")
         return Bounds(None, upper)
@@ -126,7 +126,7 @@ def _enclosing_one(key: str, text: str, *, remedy: str) -> Bounds:
     parts = text.split("_")
     if len(parts) > 2:
         raise ValueError(f"{key}={text}: neither a number nor two joined by _; write 2.0, or {remedy}")
-    numbers = [_number(key, part) for part in parts]
+    numbers = [_number(key, part, text) for part in parts]
     lower, upper = (numbers[0] if len(numbers) == 2 else None), numbers[-1]
     if lower is not None and (lower < 0.0 or lower > upper):
         raise ValueError(f"{key}={text}: the lower bound must be within 0 and the upper bound; write it as {remedy}")
@@ -135,9 +135,10 @@ def _enclosing_one(key: str, text: str, *, remedy: str) -> Bounds:
     return Bounds(lower, upper)
 
 
-def _number(key: str, text: str) -> float:
+def _number(key: str, part: str, text: str) -> float:
+    """A part of the text as a finite number."""
     try:
-        value = float(text)
+        value = float(part)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):

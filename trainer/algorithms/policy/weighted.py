@@ -35,8 +35,7 @@ class Sapo(PolicyObjective):
 
     def __call__(self, x: ObjectiveInput) -> Objective:
         """See the class."""
-        positive = x.advantages > 0
-        tau = torch.where(positive, self.tau_pos, self.tau_neg).to(x.logprobs.dtype)
+        tau = torch.full_like(x.log_ratio, self.tau_neg).masked_fill(x.advantages > 0, self.tau_pos)
         gate = torch.sigmoid(tau * (x.log_ratio.exp() - 1.0)) * (4.0 / tau)
         return unclipped(-x.advantages * gate)
 
