@@ -44,7 +44,7 @@ def optimal_token_baseline(x: AdvantageInput, *, handle_zero_tail: bool = True) 
 def _places(groups: Groups, tokens: Tokens) -> tuple[Tensor, Tensor]:
     """For each chosen token [C]: a number that the tokens at one position of one group share, 0, 1, 2 and so on; and
     whether its response is the only one of the group that has tokens."""
-    position = prefix_sum(torch.ones(len(tokens.sequence), dtype=torch.int64), tokens.sequence) - 1
+    position = prefix_sum(torch.ones(len(tokens.sequence), dtype=torch.float64), tokens.sequence).long() - 1
     longest = int(position.max()) + 1 if len(position) else 0
     group = groups.member[tokens.sequence]
     with_tokens = torch.bincount(group[position == 0], minlength=len(groups.size))
