@@ -99,7 +99,8 @@ class KlCov(PolicyObjective):
 
 
 def covariances(logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    """Product of both deviations from their mean over masked-in tokens, [R] float64; 0 where masked."""
+    """Product of both deviations from their mean over masked-in tokens, [R] float64; 0 where masked or NaN."""
+    mask = mask & ~logprobs.isnan()
     count = mask.sum().clamp(min=1)
     floored = logprobs.clamp(min=LOGPROB_FLOOR)
     parts = [torch.where(mask, values, 0.0).double() for values in (advantages, floored)]
