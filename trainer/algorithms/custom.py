@@ -52,6 +52,7 @@ def check_params(
 ) -> None:
     """Raises ValueError, listing the known names, unless every parameter is one of the function's keyword arguments.
 
+    Nor may one be missing, or be something else than true or false where the default is that.
     key: the configuration key of the parameters. owner: what they belong to, e.g. "algorithm.adv_estimator=gae".
     taken: arguments that do not come from there. A function with ** arguments takes any name.
     """
@@ -65,6 +66,9 @@ def check_params(
             raise ValueError(
                 f"{key}.{name}: unknown parameter of {owner}; " + (f"it has {names}" if names else "it has none")
             )
+    for p in known:
+        if isinstance(p.default, bool) and not isinstance(params.get(p.name, p.default), bool):
+            raise ValueError(f"{key}.{p.name}={params[p.name]}: must be true or false for {owner}")
     missing = [p.name for p in known if p.default is p.empty and p.name not in params]
     if missing:
         raise ValueError(f"{key}: {owner} needs {', '.join(missing)}; set {key}.{missing[0]}")

@@ -6,6 +6,7 @@ advantage 0, as there is nothing to compare it with.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -182,13 +183,15 @@ def _part_weights(x: AdvantageInput, weights: Mapping[str, float] | None) -> Map
         )
     if weights is None:
         return dict.fromkeys(x.parts, 1.0)
+    if not isinstance(weights, Mapping) or not weights:
+        raise ValueError(f"algorithm.adv_params.weights={weights}: must name parts of the reward with their weights")
     for name, weight in weights.items():
         if name not in x.parts:
             raise ValueError(
                 f"algorithm.adv_params.weights.{name}: the rewards have no such part; they have {', '.join(x.parts)}"
             )
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise ValueError(f"algorithm.adv_params.weights.{name}={weight}: must be a number")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ValueError(f"algorithm.adv_params.weights.{name}={weight}: must be a finite number")
     return weights
 
 
