@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trainer.algorithms.advantages import AdvantageInput, estimator, explained_variance
+from trainer.algorithms.estimators.returns import reward_to_come
 from trainer.algorithms.kl import KLController, reward_penalty
 from trainer.config.schema import AlgorithmConfig
 from trainer.samples import Samples
@@ -44,10 +45,11 @@ class AdvantageComputer:
         )
         result = chosen(x, self.algorithm)
         samples.put_column("advantages", result.advantages.numpy())
-        if result.returns is not None:
-            samples.put_column("returns", result.returns.numpy())
+        if "values" in samples.columns:  # there is a critic, which may be trained although the estimator does without
+            returns = reward_to_come(x, gamma=self.algorithm.gamma) if result.returns is None else result.returns
+            samples.put_column("returns", returns.numpy())
             if x.values is not None:
-                metrics["critic/explained_variance"] = explained_variance(x.values, result.returns, loss_mask)
+                metrics["critic/explained_variance"] = explained_variance(x.values, returns, loss_mask)
         return result.advantages, metrics
 
     def _kl_penalty(

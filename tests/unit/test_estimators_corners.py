@@ -180,10 +180,12 @@ def test_512_responses_of_1024_tokens_take_well_under_a_second(name: str) -> Non
         logprobs=column().log(),
         sum_pi_squared=column(),
     )
-    run(name, x)  # the first call starts torch's threads
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        start = time.thread_time()  # of the processor: other programs on the machine do not count
         run(name, x)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 1.0, f"{min(seconds):.2f} s"  # about 0.1 s on two quiet cores
+        seconds = time.thread_time() - start
+    finally:
+        torch.set_num_threads(threads)
+    assert seconds < 1.0, f"{seconds:.2f} s"  # the slowest takes 0.1 s

@@ -215,9 +215,9 @@ def make_samples() -> Samples:
     return Samples.join("train-1", prompts, (block,), [block.meta], [scored])
 
 
-def compute(samples: Samples, name: str, **params: Any) -> torch.Tensor:
+def compute(samples: Samples, name: str, *, gamma: float = 1.0, **params: Any) -> torch.Tensor:
     cfg = load_config([*BASE, f"algorithm.adv_estimator='{name}'", f"{N}=2"])
-    algorithm = cfg.algorithm.model_copy(update={"adv_params": params})
+    algorithm = cfg.algorithm.model_copy(update={"adv_params": params, "gamma": gamma})
     advantages, _ = AdvantageComputer(algorithm).compute(samples, kl_controller(algorithm.kl_ctrl))
     np.testing.assert_array_equal(samples.fetch_column("advantages"), advantages.numpy())
     return advantages
@@ -244,7 +244,17 @@ def test_the_trainer_fetches_what_is_needed_and_nothing_else() -> None:
         compute(samples, "own_algorithms:less_value", weight=1.0),
         torch.tensor([-0.25, -0.25, 0.75, 0.75, 0.75, 0.75, -0.25]),
     )
-    assert "returns" in samples.columns
+    assert samples.fetch_column("returns").tolist() == [0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0]
+
+
+def test_a_critic_always_has_something_to_learn() -> None:
+    """critic.enable=true beside an estimator that gives no returns: the discounted reward to come."""
+    samples = make_samples()
+    compute(samples, "rloo", gamma=0.5)
+    assert "returns" not in samples.columns  # no critic
+    samples.put_column("values", np.zeros(7, dtype=np.float32))
+    compute(samples, "rloo", gamma=0.5)
+    assert samples.fetch_column("returns").tolist() == [0.0, 0.0, 1.0, 0.25, 0.5, 1.0, 0.0]
 
 
 def test_samples_without_a_row_keep_its_baseline() -> None:

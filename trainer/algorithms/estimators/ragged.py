@@ -206,6 +206,5 @@ def whiten(x: Tensor) -> Tensor:
     """Mean 0, unbiased variance 1; values that are all equal, or a single one, become 0."""
     if x.numel() < 2:
         return torch.zeros_like(x)
-    above = x - x.min()
-    variance, mean = torch.var_mean(above)
-    return (above - mean) * torch.rsqrt(variance + WHITEN_EPS)
+    variance, mean = torch.var_mean(x)
+    return (x - mean) * torch.rsqrt(variance + WHITEN_EPS)

@@ -7,6 +7,7 @@ The outcome is paid at the last chosen token (verl: at the last token, and a mas
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from trainer.algorithms.estimators.ragged import AdvantageInput, Advantages, Tokens, suffix_sum
 from trainer.algorithms.estimators.ragged import whiten as whitened
@@ -40,6 +41,12 @@ def reinforce_plus_plus(x: AdvantageInput, *, gamma: float) -> Advantages:
     tokens = Tokens.of(x)
     returns = suffix_sum(tokens.rewards(x), tokens.sequence, gamma)
     return Advantages(tokens.scatter(whitened(returns)), tokens.scatter(returns))
+
+
+def reward_to_come(x: AdvantageInput, *, gamma: float) -> Tensor:
+    """G_t = r_t + gamma G_{t+1}, [R] float32, 0 where masked: what a critic can learn under any estimator."""
+    tokens = Tokens.of(x)
+    return tokens.scatter(suffix_sum(tokens.rewards(x), tokens.sequence, gamma))
 
 
 def remax(x: AdvantageInput) -> Advantages:
