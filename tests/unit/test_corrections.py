@@ -16,6 +16,7 @@ from loss_world import VOCABULARY, naive_aggregate, theta_of, whole
 from policy_formulas import FORMULAS, Token
 from policy_world import LENGTHS, likely, logprobs_of, loss_of, policy_batch
 
+from trainer.algorithms.corrections import mismatch, statistic
 from trainer.algorithms.losses import driver_columns
 from trainer.algorithms.policy.base import BatchInput
 from trainer.algorithms.policy.build import OBJECTIVES
@@ -33,6 +34,7 @@ from trainer.measure import update_metrics
 from trainer.roles import UpdateReport
 from workers.batch import Batch
 
+ONE_SEQUENCE = (torch.ones(2, dtype=torch.bool), torch.zeros(2, dtype=torch.int64), 1)
 SPREAD = 0.4
 """Standard deviation of the log ratios below: weights reach both sides of all bounds."""
 
@@ -153,6 +155,21 @@ def test_rejection(name: str) -> None:
     assert gradient.tolist() == pytest.approx(slopes, rel=1e-9, abs=1e-13)
     assert metrics["correction/rejected"] == pytest.approx(1 - sum(weights.values()) / len(weights))
     assert metrics["correction/rejected_sequences"] == pytest.approx(sum(sequences) / len(sequences))
+
+
+def test_statistics_of_a_far_token_stop_at_20_nats() -> None:
+    """As weights do: one token cannot make a sum infinite. k2 is 200 at most, k3 of one that became unlikely 19."""
+    far = mismatch(*(torch.full((2,), value) for value in (-1e3, -1.0)), *ONE_SEQUENCE)
+    assert (
+        statistic(far, "token_k2").tolist() == [200.0, 200.0] and statistic(far, "seq_sum_k2").tolist() == [400.0] * 2
+    )
+    assert statistic(far, "token_k3").tolist() == pytest.approx([19.0, 19.0])
+    assert statistic(far, "seq_mean_k1").tolist() == [20.0, 20.0]
+
+
+def test_no_gradient_flows_through_a_correction() -> None:
+    trainer = torch.full((2,), -1.0, requires_grad=True)
+    assert not mismatch(trainer, torch.full((2,), -2.0), *ONE_SEQUENCE).log_rho.requires_grad
 
 
 def test_several_criteria_and_weights_together() -> None:

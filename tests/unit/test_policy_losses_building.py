@@ -97,6 +97,12 @@ def told(x):
     never = x.mask & False
     return Objective(-x.advantages * x.logprobs, ~never, never, {"own/share": x.mask.double().sum() * 0.0 + 0.25})
 
+def looks(x):
+    left = sum(field[~x.mask].abs().sum() for field in (x.logprobs, x.old, x.log_ratio, x.advantages))
+    loss = unclipped(-x.advantages * x.logprobs)
+    found = {"own/left_max": left, "own/columns_max": left * 0.0 + len(x.columns)}
+    return Objective(loss.loss, loss.clipped, loss.clipped_lower, found)
+
 def short(x):
     return (-x.advantages * x.logprobs)[:1]
 
@@ -124,6 +130,17 @@ def test_a_loss_of_ones_own(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert relative == CustomObjective(f"{own}:told"), "workers may start elsewhere"
     metrics = whole(loss_of(f"{own}:told"), batch, theta, likely)[2]
     assert metrics["own/share"] == 0.25 and metrics["actor/clip_frac"] == 1.0
+
+
+def test_what_a_loss_of_ones_own_is_given(own: Path) -> None:
+    """The fields that the docs promise are 0 where masked, whatever the columns hold there."""
+    batch, theta = policy_batch(3, LENGTHS), theta_of(3)
+    mask = batch.tokens["loss_mask"]
+    for name in ("advantages", "old_logprobs"):
+        batch.tokens[name][~mask] = math.nan
+    metrics = whole(loss_of(f"{own}:looks"), batch, theta, likely)[2]
+    assert metrics["own/left_max"] == 0.0
+    assert metrics["own/columns_max"] == len(batch.tokens.keys())
 
 
 def test_mistakes_in_a_loss_of_ones_own(own: Path) -> None:
