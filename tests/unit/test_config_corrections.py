@@ -88,6 +88,19 @@ def test_what_does_not(overrides: list[str], problem: str, remedy: str) -> None:
     assert problem in found and remedy in found
 
 
+def test_verls_places_of_parameters(tmp_path: Path) -> None:
+    """On the command line and in YAML."""
+    actor = LOSS.rpartition(".")[0]
+    cfg = load_config([*BASE, f"{actor}.tau_neg=1.2", f"{LOSS}.kl_cov_ratio=0.01"])
+    assert cfg.actor_rollout_ref.actor.policy_loss.params == {"tau_neg": 1.2, "kl_cov_ratio": 0.01}
+    recipe = (
+        "defaults: [ppo_trainer, _self_]\nactor_rollout_ref: {actor: {policy_loss: {loss_mode: dro, dro_beta: 0.3}}}\n"
+    )
+    (tmp_path / "mine.yaml").write_text(recipe)
+    policy_loss = load_config(BASE, "mine", config_dir=tmp_path).actor_rollout_ref.actor.policy_loss
+    assert (policy_loss.loss_mode, policy_loss.params) == ("dro", {"dro_beta": 0.3})
+
+
 def test_validate_asks() -> None:
     """Through the front door, where every problem of the keys is told at once."""
     from trainer.config.validate import validate

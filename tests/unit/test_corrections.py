@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -226,6 +227,16 @@ def test_metrics_against_their_definitions() -> None:
     assert metrics["correction/chi2_sequence"] == pytest.approx(sum(products) / len(products))
 
 
+def test_the_docs_name_every_metric() -> None:
+    batch, theta = near_batch(15), theta_of(15)
+    metrics = whole(loss_of("ppo", correction=every_correction()[-1]), batch, theta, likely)[2]
+    reported = update_metrics("actor", UpdateReport(metrics, 1.0, 1.0, 1, 0, 0))
+    names = {name for name in reported if name.startswith("correction/")}
+    for page in ("metrics.md", "algorithms/corrections.md"):
+        text = (Path(__file__).parents[2] / "docs" / page).read_text()
+        assert {line.split("`")[1] for line in text.splitlines() if line.startswith("| `correction/")} == names, page
+
+
 def test_nothing_left_has_no_effective_sample() -> None:
     metrics = {"correction/weight_mean": 0.0, "correction/weight_square_mean": 0.0}
     assert update_metrics("actor", UpdateReport(metrics, 1.0, 1.0, 1, 0, 0))["correction/effective_sample_size"] == 0.0
@@ -386,13 +397,13 @@ def test_the_section_is_read() -> None:
             rollout_is="geometric",
             rollout_is_threshold="0.5_5",
             rollout_rs="token_k1,seq_max_k3",
-            rollout_rs_threshold="2,0.1",
+            rollout_rs_threshold="4,0.1",
             rollout_is_batch_normalize=True,
         )
     )
     one, other = read.rejections
     assert (read.level, read.bounds, read.batch_normalize) == ("geometric", Bounds(0.5, 5.0), True)
-    assert one == Rejection("token_k1", Bounds(math.log(0.5), math.log(2.0)))
+    assert one == Rejection("token_k1", Bounds(math.log(0.25), math.log(4.0)))
     assert other == Rejection("seq_max_k3", Bounds(None, 0.1))
     assert [r.bounds.upper for r in read_rejections("token_k2,seq_sum_k3", 0.5)] == [0.5, 0.5]
     assert weight_bounds("2.5") == weight_bounds(2.5) == Bounds(None, 2.5)

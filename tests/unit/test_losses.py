@@ -364,6 +364,24 @@ def test_straight_through_estimators(base: str) -> None:
     assert slope.tolist() == pytest.approx([0.5, -0.5, 0.0, 297.0])
 
 
+def test_expected_gradients_of_estimators() -> None:
+    """What the docs say of each in a loss, by enumeration of all outcomes of one token."""
+    generator = torch.Generator().manual_seed(0)
+    logits, others = (torch.randn(6, dtype=torch.float64, generator=generator) * 0.5 for _ in range(2))
+    logits.requires_grad_()
+    policy, reference = logits.log_softmax(0), others.log_softmax(0)
+
+    def gradient(y: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(y, logits, retain_graph=True)[0]
+
+    forward = gradient((policy.exp() * (policy - reference)).sum())
+    backward = gradient((reference.exp() * (reference - policy)).sum())
+    expected = {"k1": torch.zeros(6), "k2": forward, "k3": backward, "k1+": forward, "k3+": forward, "abs+": forward}
+    for kind, wanted in expected.items():
+        found = gradient((policy.exp().detach() * kl.estimate(policy, reference, kind)).sum())
+        torch.testing.assert_close(found, wanted.double(), rtol=1e-10, atol=1e-12)
+
+
 def test_k3_keeps_small_divergences() -> None:
     """x^2 / 2 for a small difference, which exp(x) - 1 - x in float32 would round away."""
     small = kl.k3(torch.tensor([0.0]), torch.tensor([1e-3]))

@@ -153,6 +153,16 @@ def test_mistakes_in_a_loss_of_ones_own(own: Path) -> None:
         whole(loss_of(f"{own}:nothing"), batch, theta, likely)
 
 
+def test_the_docs_name_every_loss_and_parameter() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "algorithms" / "policy_losses.md").read_text()
+    for name in [*OBJECTIVES, *ALIASES]:
+        assert f"`{name}`" in text, name
+        for parameter in parameters(name):
+            default = DEFAULTS[name][parameter]
+            shown = "must be given" if default is None else str(default).replace("0.0002", "2e-4")
+            assert f"`{parameter}` ({shown})" in text, parameter
+
+
 # --- what the driver chooses ----------------------------------------------------------------------------------------
 
 
