@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from estimator_formulas import (
@@ -139,6 +141,13 @@ def test_optimal_token_baseline_by_hand() -> None:
     torch.testing.assert_close(result, torch.tensor([-0.75, 0.25, 1.0]))
     tail = run("optimal_token_baseline", x, {"handle_zero_tail": False}).advantages
     torch.testing.assert_close(tail, torch.tensor([-0.75, 0.25, 0.0]))
+
+
+def test_optimal_token_baseline_of_certain_tokens_is_the_mean() -> None:
+    """Tokens of probability 1 weigh nothing; 0 / 0 is taken for the plain mean."""
+    x = outcomes([0.0, 1.0, 5.0])
+    certain = replace(x, logprobs=torch.zeros(3), sum_pi_squared=torch.ones(3))
+    torch.testing.assert_close(run("optimal_token_baseline", certain).advantages, torch.tensor([-2.0, -1.0, 3.0]))
 
 
 def test_max_rl_is_the_gradient_of_the_log_of_the_success_rate() -> None:

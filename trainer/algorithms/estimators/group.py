@@ -62,11 +62,9 @@ def opo(x: AdvantageInput) -> Advantages:
     https://arxiv.org/abs/2505.23585: the baseline of least variance if all tokens have gradients of equal norm,
     orthogonal to each other.
     """
-    groups, lengths = Groups.of(x), chosen_lengths(x)
-    total = total_rewards(x)
-    above = total - groups.lowest(total)
-    weights = groups.sum(lengths).clamp(min=1.0)
-    return _spread(x, above - (groups.sum(lengths * above) / weights)[groups.member])
+    groups, lengths, total = Groups.of(x), chosen_lengths(x), total_rewards(x)
+    baseline = groups.sum(lengths * total) / groups.sum(lengths).clamp(min=1.0)
+    return _spread(x, total - baseline[groups.member])
 
 
 def grpo_passk(x: AdvantageInput, *, norm_by_std: bool) -> Advantages:
@@ -92,7 +90,7 @@ def gpg(
 
     https://arxiv.org/abs/2504.02546: alpha makes up for responses without a gradient. valid: "nonzero_rewards" counts
     outcomes other than 0, as verl does; "mixed_groups" counts the responses of groups whose rewards are not all
-    equal, as the authors' code does. The KL penalty counts in r, not in alpha.
+    equal: the authors' B / (B - M). The KL penalty counts in r, not in alpha.
     """
     if valid not in ("nonzero_rewards", "mixed_groups"):
         raise ValueError(f"algorithm.adv_params.valid={valid}: choose nonzero_rewards or mixed_groups")

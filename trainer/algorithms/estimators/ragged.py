@@ -148,9 +148,8 @@ class Groups:
         return (self.sum(values) / self.size)[self.member]
 
     def centred(self, values: Tensor) -> Tensor:
-        """Values [S] less the mean of their group; exactly 0 where a group's values are equal, however large."""
-        above = values - self.lowest(values)
-        return above - self.mean(above)
+        """Values [S] less the mean of their group; exactly 0 where a group's values are the same float32 number."""
+        return values - self.mean(values)  # float64 holds the sum of float32 numbers exactly
 
     def std(self, centred: Tensor) -> Tensor:
         """Unbiased standard deviation of the group at each of its sequences, [S], from centred values; 0 if alone."""
