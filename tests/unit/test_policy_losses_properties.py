@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_world import INPUTS, VOCABULARY, accumulate, splits, theta_of, whole
+from loss_world import INPUTS, VOCABULARY, accumulate, norm_of, splits, theta_of, whole
 from policy_world import LENGTHS, likely, loss_of, policy_batch
 
 from trainer.algorithms.aggregation import AGGREGATION_MODES
@@ -185,6 +185,22 @@ def test_a_far_token_is_pulled_back_or_left_alone(name: str) -> None:
         assert (gradient >= 0.0).all() and gradient.sum().item() == pytest.approx(-1.0 + 0.3 * 20.0)
     elif name not in ("kl_cov",):
         assert (gradient <= 0.0).all()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_nothing_waits_for_the_device(name: str) -> None:
+    """On a device without data whatever reads a number, or makes a tensor elsewhere, fails."""
+    batch, device = batch_of(3, LENGTHS), torch.device("meta")
+    micro = batch.micro_batch(range(len(batch)), norm_of(batch), share_prompt=True, device=device)
+    entropy = torch.zeros(batch.num_tokens, device=device)
+    for correction in CORRECTIONS:
+        for mode in AGGREGATION_MODES:
+            logprobs = torch.zeros(batch.num_tokens, device=device, requires_grad=True)
+            loss = loss_of(name, agg_mode=mode, correction=correction, kl_loss_coef=0.1, entropy_coeff=0.1)
+            value, metrics = loss(logprobs, entropy, micro)
+            value.backward()
+            assert logprobs.grad is not None
+            assert {metric.device.type for metric in metrics.values()} == {"meta"}
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
