@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,10 @@ def test_names_and_defaults() -> None:
         ("kl_cov", {"ppo_kl_coef": -0.1}, CLIPS, "must not be below 0"),
         ("dro", {}, CLIPS, f"{PARAMS}.dro_beta=null: loss_mode=dro needs the weight of its penalty; set it, e.g. 0.1"),
         ("dro", {"dro_beta": 0.0}, CLIPS, "must be above 0"),
-        ("ppo", {}, ClipRange(clip_c=1.0), "clip_ratio_c=1.0: bounds the ratio from above; set it above 1"),
-        ("dppo_tv", {}, ClipRange(clip_c=0.5), "clip_ratio_c=0.5"),
-        ("ppo", {}, ClipRange(clip_low=-0.1), "clip_ratio_low=-0.1: the clip range would not hold ratio 1"),
-        ("gspo", {}, ClipRange(clip_high=math.nan), "clip_ratio_high=nan"),
+        ("ppo", {}, replace(CLIPS, clip_c=1.0), "clip_ratio_c=1.0: bounds the ratio from above; set it above 1"),
+        ("dppo_tv", {}, replace(CLIPS, clip_c=0.5), "clip_ratio_c=0.5"),
+        ("ppo", {}, replace(CLIPS, clip_low=-0.1), "clip_ratio_low=-0.1: the clip range would not hold ratio 1"),
+        ("gspo", {}, replace(CLIPS, clip_high=math.nan), "clip_ratio_high=nan"),
         ("no.such.module:loss", {}, CLIPS, f"{MODE}=no.such.module:loss: cannot be imported"),
     ],
 )

@@ -79,13 +79,11 @@ class PolicyObjective(ABC):
     """A policy loss per token.
 
     agg_mode: the aggregation that the loss is defined with; None: the configuration's.
-    uses_ratio: whether it corrects for `old` by itself.
     columns: the per-token columns it needs from the driver.
     """
 
     __slots__ = ()
     agg_mode: ClassVar[str | None] = None
-    uses_ratio: ClassVar[bool] = True
     columns: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -50,9 +50,9 @@ ALIASES: Mapping[str, str] = MappingProxyType({"vanilla": "ppo", "geo_mean": "gm
 class ClipRange:
     """clip_ratio_low, clip_ratio_high and clip_ratio_c, for the objectives that have such bounds."""
 
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    clip_c: float = 3.0
+    clip_low: float
+    clip_high: float
+    clip_c: float
 
 
 CLIPS = tuple(field.name for field in fields(ClipRange))
@@ -67,7 +67,6 @@ class CustomObjective(PolicyObjective):
 
     path: str
     params: tuple[tuple[str, Any], ...] = ()
-    uses_ratio: ClassVar[bool] = False  # unknown; it is the author's to say what to correct
 
     def __call__(self, x: ObjectiveInput) -> Objective:
         """See the class."""

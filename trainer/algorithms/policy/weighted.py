@@ -44,8 +44,6 @@ class Sapo(PolicyObjective):
 class Gpg(PolicyObjective):
     """-A logp, whatever sampled the token (https://arxiv.org/abs/2504.02546); `old` is not used."""
 
-    uses_ratio: ClassVar[bool] = False
-
     def __call__(self, x: ObjectiveInput) -> Objective:
         """See the class."""
         return unclipped(-x.advantages * x.logprobs)
