@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trainer.algorithms.advantages import AdvantageInput, estimator, explained_variance
+from trainer.algorithms.estimators.returns import reward_to_come
 from trainer.algorithms.kl import KLController, reward_penalty
 from trainer.config.schema import AlgorithmConfig
 from trainer.samples import Samples
@@ -21,29 +22,34 @@ class AdvantageComputer:
     algorithm: AlgorithmConfig
 
     def compute(self, samples: Samples, kl: KLController) -> tuple[Tensor, dict[str, float]]:
-        """Returns the advantages [total response tokens] and metrics; moves the KL controller on."""
-        chosen = estimator(self.algorithm.adv_estimator)
+        """Returns the advantages [total response tokens] and metrics; moves the KL controller on.
+
+        Raises ValueError for rewards that are not finite or that the estimator cannot use.
+        """
+        chosen = estimator(self.algorithm.adv_estimator, self.algorithm.adv_params)
         lengths = torch.from_numpy(samples.meta.response_length.astype(np.int64))
         mask = samples.fetch_loss_mask()
         loss_mask = None if mask is None else torch.from_numpy(mask)
         token_rewards, metrics = self._kl_penalty(samples, lengths, loss_mask, kl)
-        values = torch.from_numpy(samples.fetch_column("values")) if chosen.needs_values else None
-        result = chosen.fn(
-            AdvantageInput(
-                rewards=torch.from_numpy(samples.rewards),
-                group=torch.from_numpy(samples.meta.group.astype(np.int64)),
-                lengths=lengths,
-                token_rewards=token_rewards,
-                values=values,
-                loss_mask=loss_mask,
-            ),
-            self.algorithm,
+        x = AdvantageInput(
+            rewards=torch.from_numpy(samples.rewards),
+            group=torch.from_numpy(samples.meta.group.astype(np.int64)),
+            lengths=lengths,
+            token_rewards=token_rewards,
+            values=_column(samples, "values", chosen.needs_values),
+            loss_mask=loss_mask,
+            parts={name: torch.from_numpy(part) for name, part in samples.parts.items()} if chosen.needs_parts else {},
+            baseline=_baseline(samples) if chosen.needs_baseline else None,
+            logprobs=_column(samples, "old_logprobs", chosen.needs_logprobs),
+            sum_pi_squared=_column(samples, "sum_pi_squared", chosen.needs_sum_pi_squared),
         )
+        result = chosen(x, self.algorithm)
         samples.put_column("advantages", result.advantages.numpy())
-        if result.returns is not None:
-            samples.put_column("returns", result.returns.numpy())
-            if values is not None:
-                metrics["critic/explained_variance"] = explained_variance(values, result.returns, loss_mask)
+        if "values" in samples.columns:  # there is a critic, which may be trained although the estimator does without
+            returns = reward_to_come(x, gamma=self.algorithm.gamma) if result.returns is None else result.returns
+            samples.put_column("returns", returns.numpy())
+            if x.values is not None:
+                metrics["critic/explained_variance"] = explained_variance(x.values, returns, loss_mask)
         return result.advantages, metrics
 
     def _kl_penalty(
@@ -58,3 +64,11 @@ class AdvantageComputer:
         penalty, mean = reward_penalty(policy, reference, mask, lengths, kind=self.algorithm.kl_penalty, coef=coef)
         kl.update(mean, len(samples))
         return penalty, {"kl/reward_kl": mean, "kl/reward_kl_coef": coef}
+
+
+def _column(samples: Samples, name: str, wanted: bool) -> Tensor | None:
+    return torch.from_numpy(samples.fetch_column(name)) if wanted else None
+
+
+def _baseline(samples: Samples) -> Tensor | None:
+    return None if samples.baseline is None else torch.from_numpy(samples.baseline)

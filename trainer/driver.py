@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from trainer.advantage import AdvantageComputer
 from trainer.collect import VALIDATE, Collector
 from trainer.evaluation import Evaluation
+from trainer.loss_columns import LossColumns
 from trainer.measure import Metrics, advantage_metrics, sample_metrics, update_metrics
 from trainer.roles import Role
 from trainer.samples import Samples
@@ -24,7 +25,7 @@ from workers.sync.sync import WeightSync
 
 @dataclass(frozen=True, slots=True)
 class Cadence:
-    """When things happen, in steps. old_logprobs: several updates per batch need the log-probs of before the first."""
+    """When things happen, in steps. old_logprobs: whether anything needs the log-probs of before the first update."""
 
     total_steps: int
     test_freq: int
@@ -44,6 +45,7 @@ class Driver:
     reference: Role
     critic: Role
     advantages: AdvantageComputer
+    loss_columns: LossColumns
     sync: WeightSync
     evaluation: Evaluation
     cadence: Cadence
@@ -59,6 +61,7 @@ class Driver:
             if self.cadence.old_logprobs:
                 self.actor.annotate(samples, "old_logprobs", step=step)
             advantages, measured = self.advantages.compute(samples, self.state.kl)
+            self.loss_columns.compute(samples, advantages, step=step)
         with self.phases("update"):
             metrics = update_metrics("critic", self.critic.update(samples, step=step))
             if step > self.cadence.critic_warmup:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trainer.config.roles import TrainingRole
-from trainer.config.schema import FsdpConfig, MegatronConfig, RefMegatronConfig
+from trainer.config.schema import RefMegatronConfig
 from workers.engines.base import ParallelSpec, ShardSpec
 from workers.settings import Auto
 
@@ -20,18 +20,18 @@ def parallel_spec(role: TrainingRole) -> ParallelSpec:
         tensor=megatron.tensor_model_parallel_size,
         pipeline=megatron.pipeline_model_parallel_size,
         virtual_pipeline=megatron.virtual_pipeline_model_parallel_size,
-        sequence=megatron.sequence_parallel,
+        sequence=role.actor.megatron.sequence_parallel,
         expert=megatron.expert_model_parallel_size,
     )
 
 
 def shard_spec(role: TrainingRole) -> ShardSpec:
     """Precision (a model that is not trained is stored as it computes), and what FSDP gathers when."""
-    engine = role.engine
-    stored = _MASTER_DTYPES[engine.model_dtype] if isinstance(engine, FsdpConfig | MegatronConfig) else engine.dtype
+    engine, stored = role.engine, role.engine.dtype if role.model_dtype is None else _MASTER_DTYPES[role.model_dtype]
     if isinstance(engine, RefMegatronConfig):
         return ShardSpec(engine.dtype, stored, reshard_after_forward=False, wrap_min_num_params=0)
-    return ShardSpec(engine.dtype, stored, engine.reshard_after_forward, engine.wrap_min_num_params)
+    wrap_min_num_params = role.actor.fsdp_config.wrap_min_num_params
+    return ShardSpec(engine.dtype, stored, engine.reshard_after_forward, wrap_min_num_params)
 
 
 def offloads(role: TrainingRole) -> dict[str, Auto]:

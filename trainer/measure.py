@@ -48,7 +48,7 @@ def advantage_metrics(advantages: Tensor) -> Metrics:
 
 
 def update_metrics(role: str, report: UpdateReport | None) -> Metrics:
-    """What a role's optimizer steps gave; the mismatch monitor's sums become means here."""
+    """What a role's optimizer steps gave; sums become means here, and means of weights the effective sample size."""
     if report is None:
         return {}
     metrics = dict(report.metrics)
@@ -60,6 +60,9 @@ def update_metrics(role: str, report: UpdateReport | None) -> Metrics:
         if name in metrics:
             total = metrics.pop(name)
             metrics[mean] = total / count if count else float("nan")
+    if "correction/weight_square_mean" in metrics:
+        square = metrics.pop("correction/weight_square_mean")
+        metrics["correction/effective_sample_size"] = metrics["correction/weight_mean"] ** 2 / square if square else 0.0
     return metrics | {
         f"{role}/grad_norm": report.grad_norm,
         f"{role}/lr": report.lr,

@@ -153,6 +153,11 @@ class Samples:
         mask: npt.NDArray[np.bool_] = np.concatenate([masks[b][r] for b, r in self.where])
         return mask
 
+    def fetch_sampler_logprobs(self) -> FloatArray:
+        """What the sampler said of its tokens, [total response tokens]; NaN where it was not asked."""
+        parts = [self._block_logprobs(ray.get(ref)) for ref in self.blocks]
+        return np.concatenate([parts[b][r] for b, r in self.where])
+
     def fetch_tokens(self, row: int) -> tuple[list[int], list[int]]:
         """Prompt and response token ids of one sequence, for people to look at."""
         block_number, block_row = self.where[row]
@@ -167,6 +172,11 @@ class Samples:
     def _block_mask(block: RolloutBlock) -> list[npt.NDArray[Any]]:
         mask = np.ones(len(block.response_ids), dtype=np.bool_) if block.loss_mask is None else block.loss_mask
         return split(mask, block.meta.response_length)
+
+    @staticmethod
+    def _block_logprobs(block: RolloutBlock) -> list[npt.NDArray[Any]]:
+        unasked = np.full(len(block.response_ids), np.nan, dtype=np.float32)
+        return split(unasked if block.logprobs is None else block.logprobs, block.meta.response_length)
 
 
 def check_complete(metas: Sequence[SequenceMeta], *, num_prompts: int, n: int, first_group: int = 0) -> None:

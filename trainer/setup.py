@@ -10,9 +10,9 @@ from typing import Any
 import ray
 
 from trainer.advantage import AdvantageComputer
-from trainer.algorithms.advantages import estimator
+from trainer.algorithms.advantages import Estimator, estimator
 from trainer.algorithms.kl import kl_controller
-from trainer.algorithms.losses import policy_loss, value_loss
+from trainer.algorithms.losses import PolicyLoss, policy_loss, value_loss
 from trainer.batching import Limits
 from trainer.collect import Collector, GroupFilter, Overlong
 from trainer.config.roles import training_roles
@@ -23,6 +23,7 @@ from trainer.driver import Cadence, Driver, validation_sampling
 from trainer.engines import offloads, parallel_spec
 from trainer.evaluation import Evaluation
 from trainer.inputs import Inputs
+from trainer.loss_columns import LossColumns
 from trainer.memory import TrainingMemory
 from trainer.placement import Cluster, start
 from trainer.roles import AbsentRole, Passes, Role, TrainRole, UpdateSettings
@@ -161,6 +162,7 @@ def _driver(
     sync.open(rollout.dtype, rollout.update_weights_bucket_megabytes << 20, workers.channel)
     order = PromptOrder(len(inputs.train), seed=cfg.data.seed, shuffle=cfg.data.shuffle)
     val = rollout.val_kwargs
+    loss = _policy_loss(cfg)
     return Driver(
         state=TrainState(order=order, kl=kl_controller(cfg.algorithm.kl_ctrl)),
         source=source,
@@ -169,6 +171,7 @@ def _driver(
         reference=_reference(cfg, workers, inputs),
         critic=_critic(cfg, workers, inputs),
         advantages=AdvantageComputer(cfg.algorithm),
+        loss_columns=LossColumns(loss, seed=cfg.actor_rollout_ref.actor.data_loader_seed),
         sync=sync,
         evaluation=Evaluation(
             prompts=inputs.validation.prompts if inputs.validation else (),
@@ -184,10 +187,16 @@ def _driver(
             test_freq=cfg.trainer.test_freq,
             save_freq=cfg.trainer.save_freq,
             critic_warmup=cfg.trainer.critic_warmup,
-            old_logprobs=sizes.actor_updates_per_step > 1 or cfg.algorithm.use_kl_in_reward,
+            old_logprobs=wants_old_logprobs(loss, sizes.actor_updates_per_step)
+            or cfg.algorithm.use_kl_in_reward
+            or _estimator(cfg).needs_logprobs,
         ),
         phases=phases,
     )
+
+
+def _estimator(cfg: Config) -> Estimator:
+    return estimator(cfg.algorithm.adv_estimator, cfg.algorithm.adv_params)
 
 
 def _collector(cfg: Config, inputs: Inputs, source: SyncSource, phases: Phases, sampling: SamplingSpec) -> Collector:
@@ -202,7 +211,7 @@ def _collector(cfg: Config, inputs: Inputs, source: SyncSource, phases: Phases, 
         max_error_rate=cfg.reward.max_error_rate,
         groups=GroupFilter(filtering.metric, filtering.max_num_gen_batches) if filtering.enable else None,
         overlong=Overlong(length, overlong.len, overlong.penalty_factor) if overlong.len else None,
-        greedy_baseline=estimator(cfg.algorithm.adv_estimator).needs_baseline,
+        greedy_baseline=_estimator(cfg).needs_baseline,
     )
 
 
@@ -288,17 +297,26 @@ def _start_scorers(cfg: Config, inputs: Inputs) -> WorkerGroup:
 
 def _actor(cfg: Config, workers: Workers, inputs: Inputs) -> TrainRole:
     actor = cfg.actor_rollout_ref.actor
-    loss = policy_loss(actor, cfg.data.max_response_length)
+    loss = _policy_loss(cfg)
     settings = UpdateSettings(
         loss=loss,
         entropy=loss.needs_entropy,
         passes=_actor_passes(cfg),
         length=loss.length,
-        columns=("advantages", "old_logprobs", "ref_logprobs"),
+        columns=("advantages", "old_logprobs", "ref_logprobs", *loss.columns),
     )
     share = cfg.actor_rollout_ref.model.share_prompt
     limits = Limits(actor.ppo_max_token_len_per_gpu, actor.ppo_micro_batch_size_per_gpu, share)
     return _role("actor", workers, limits, settings, cfg, inputs)
+
+
+def _policy_loss(cfg: Config) -> PolicyLoss:
+    return policy_loss(cfg.actor_rollout_ref.actor, cfg.data.max_response_length, cfg.algorithm.rollout_correction)
+
+
+def wants_old_logprobs(loss: PolicyLoss, updates_per_step: int) -> bool:
+    """Whether the actor's log-probs of before the first update are needed; with one update the loss has them itself."""
+    return loss.needs_old_logprobs or (updates_per_step > 1 and loss.uses_old_logprobs)
 
 
 def _reference(cfg: Config, workers: Workers, inputs: Inputs) -> Role:

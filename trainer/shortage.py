@@ -10,7 +10,7 @@ from typing import Literal
 
 from trainer.config.errors import show
 from trainer.config.roles import training_roles
-from trainer.config.schema import Config, FsdpConfig, MegatronConfig
+from trainer.config.schema import Config, TrainedFsdpConfig
 from trainer.tracking.text import size
 from workers.group import WorkerOutOfMemory
 from workers.settings import Auto
@@ -145,7 +145,11 @@ def _micro_batches(cfg: Config, call: str, role: str) -> Iterator[str]:
             now = show(model.enable_gradient_checkpointing)
             yield f"set {name}.enable_gradient_checkpointing=true (now {now})"
         for each in training_roles(cfg):
-            if each.name == role and isinstance(each.engine, FsdpConfig) and each.engine.reshard_after_forward is False:
+            if (
+                each.name == role
+                and isinstance(each.engine, TrainedFsdpConfig)
+                and each.engine.reshard_after_forward is False
+            ):
                 yield f"set {each.engine_key}.reshard_after_forward=auto (now false)"
 
 
@@ -189,12 +193,12 @@ def _kept_on_the_gpu(cfg: Config) -> Iterator[str]:
 
 def _half_precision(cfg: Config, name: str | None) -> Iterator[str]:
     """Of the role at work, and of those that never leave the device; None: of all."""
-    for role in training_roles(cfg):
-        stays = name is None or name == role.name or False in role.offloads.values()
-        if stays and isinstance(role.engine, FsdpConfig | MegatronConfig) and role.engine.model_dtype == "fp32":
-            yield (
-                f"set {role.engine_key}.model_dtype=bf16 (now fp32): half the weights and optimizer state, less precise"
-            )
+    for key in dict.fromkeys(
+        f"{_ACTOR}.megatron" if role.megatron else role.engine_key  # Megatron's holds for all roles
+        for role in training_roles(cfg)
+        if role.model_dtype == "fp32" and (name in (None, role.name) or False in role.offloads.values())
+    ):
+        yield f"set {key}.model_dtype=bf16 (now fp32): half the weights and optimizer state, less precise"
 
 
 def _more_devices(cfg: Config, name: str) -> Iterator[str]:

@@ -34,6 +34,7 @@ from transformers import (
 
 from trainer.algorithms.aggregation import count_loss_tokens, normalizers
 from trainer.algorithms.losses import PolicyLoss
+from trainer.algorithms.policy.clipped import Ppo
 from workers.batch import Batch
 from workers.engines.base import EngineSpec, Loss, OptimizerSpec, ShardSpec, StepResult, TrainEngine, Update
 from workers.engines.fsdp import FSDPEngine
@@ -89,9 +90,7 @@ ADAMW = replace(OBSERVED, lr=1e-3, weight_decay=0.1, eps=1e-6, clip_grad=0.5)
 """AdamW as people use it; eps is above the rounding noise of gradients that are zero in exact arithmetic."""
 
 LOSS = PolicyLoss(
-    clip_low=0.2,
-    clip_high=0.28,
-    clip_c=3.0,
+    objective=Ppo(clip_low=0.2, clip_high=0.28, clip_c=3.0),
     agg_mode="seq-mean-token-mean",
     entropy_coeff=0.01,
     calculate_entropy=False,

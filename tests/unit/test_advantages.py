@@ -11,14 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainer.algorithms.advantages import (
-    AdvantageInput,
-    estimator,
-    explained_variance,
-    gae,
-    grpo,
-    sequence_ids,
-)
+from trainer.algorithms.advantages import AdvantageInput, estimator, explained_variance, sequence_ids
+from trainer.algorithms.estimators.group import grpo
+from trainer.algorithms.estimators.returns import gae
 from trainer.config.schema import AlgorithmConfig
 
 
@@ -222,9 +217,9 @@ def test_estimators_by_name() -> None:
     cfg = AlgorithmConfig.model_construct(gamma=0.9, lam=0.8, norm_adv_by_std_in_grpo=False)
     x = make_input(1, [3, 2, 4, 1], values=True)
     assert estimator("gae").needs_values and not estimator("grpo").needs_values
-    torch.testing.assert_close(estimator("gae").fn(x, cfg).advantages, gae(x, gamma=0.9, lam=0.8).advantages)
-    torch.testing.assert_close(estimator("grpo").fn(x, cfg).advantages, grpo(x, norm_by_std=False).advantages)
-    with pytest.raises(ValueError, match=r"adv_estimator='grop' is unknown; choose one of gae, grpo"):
+    torch.testing.assert_close(estimator("gae")(x, cfg).advantages, gae(x, gamma=0.9, lam=0.8).advantages)
+    torch.testing.assert_close(estimator("grpo")(x, cfg).advantages, grpo(x, norm_by_std=False).advantages)
+    with pytest.raises(ValueError, match=r"adv_estimator='grop' is unknown; choose one of dr_grpo, gae, gdpo"):
         estimator("grop")
     with pytest.raises(ValueError, match="needs values"):
         gae(make_input(1, [2]), gamma=1.0, lam=1.0)

@@ -26,8 +26,6 @@ MEGATRON_OF_ONE_RUN = {
     "pipeline_model_parallel_size": 3,
     "virtual_pipeline_model_parallel_size": 4,
     "expert_model_parallel_size": 5,
-    "context_parallel_size": 6,
-    "sequence_parallel": False,
     "dtype": "float32",
 }
 """What the reference and the critic take from the actor unless told otherwise, and other values than the defaults."""
@@ -119,9 +117,6 @@ def test_every_interpolation_reaches_the_intended_key() -> None:
         "actor_rollout_ref.ref.device_mapping": "actor_rollout_ref.actor.device_mapping",
         "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu": "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
         "actor_rollout_ref.ref.fsdp_config.dtype": "actor_rollout_ref.actor.fsdp_config.dtype",
-        "actor_rollout_ref.ref.fsdp_config.wrap_min_num_params": (
-            "actor_rollout_ref.actor.fsdp_config.wrap_min_num_params"
-        ),
         "critic.device_mapping": "actor_rollout_ref.actor.device_mapping",
         "critic.model.path": "actor_rollout_ref.model.path",
         "critic.ppo_mini_batch_size": "actor_rollout_ref.actor.ppo_mini_batch_size",
@@ -129,7 +124,6 @@ def test_every_interpolation_reaches_the_intended_key() -> None:
         "critic.shuffle": "actor_rollout_ref.actor.shuffle",
         "critic.loss_agg_mode": "actor_rollout_ref.actor.loss_agg_mode",
         "critic.fsdp.dtype": "actor_rollout_ref.actor.fsdp_config.dtype",
-        "critic.fsdp.wrap_min_num_params": "actor_rollout_ref.actor.fsdp_config.wrap_min_num_params",
         **{f"{role}.strategy": "actor_rollout_ref.actor.strategy" for role in ("actor_rollout_ref.ref", "critic")},
         **{
             f"{role}.megatron.{name}": f"actor_rollout_ref.actor.megatron.{name}"

@@ -201,11 +201,6 @@ def test_keys_that_do_not_go_together(base: list[str], overrides: list[str], pro
             f"set {PIPELINE}=2 or more, or leave it null",
         ),
         (
-            [f"{MEGATRON}.context_parallel_size=2"],
-            f"{MEGATRON}.context_parallel_size=2: sequences cannot be cut over devices yet",
-            "set it to 1",
-        ),
-        (
             [*GRPO, f"{ACTOR}.use_kl_loss=true", f"{PIPELINE}=2", "actor_rollout_ref.ref.device_mapping=0"],
             "actor_rollout_ref.ref.megatron.tensor_model_parallel_size=1 x pipeline_model_parallel_size=2: 2 devices "
             "hold one model, and do not divide the 1 of actor_rollout_ref.ref",
@@ -240,7 +235,7 @@ def test_engines_mix(base: list[str], overrides: list[str]) -> None:
 
 
 def test_settings_of_an_engine_that_is_not_used_are_not_checked(base: list[str]) -> None:
-    assert validate(load_config([*base, f"{TENSOR}=3", f"{MEGATRON}.context_parallel_size=2"])) == []
+    assert validate(load_config([*base, f"{TENSOR}=3"])) == []
 
 
 @pytest.mark.parametrize(

@@ -12,23 +12,40 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensordict import TensorDict
-from torch import Tensor
+from loss_world import (
+    COLUMNS,
+    CPU,
+    INPUTS,
+    LENGTH,
+    VOCABULARY,
+    accumulate,
+    by_sequence,
+    make_batch,
+    naive_aggregate,
+    norm_of,
+    splits,
+    theta_of,
+    whole,
+)
 
 from trainer.algorithms import kl
 from trainer.algorithms.aggregation import AGGREGATION_MODES, aggregate, count_loss_tokens, normalizers
 from trainer.algorithms.losses import PolicyLoss, ValueLoss, policy_loss, value_loss
-from trainer.config.schema import ActorConfig, CriticConfig, KlCtrlConfig
-from workers.batch import Batch, MicroBatch
+from trainer.algorithms.policy.clipped import Gspo, Ppo
+from trainer.algorithms.thresholds import Bounds, Correction
+from trainer.config.schema import (
+    ActorConfig,
+    CriticConfig,
+    KlCtrlConfig,
+    PolicyLossConfig,
+    RolloutCorrectionConfig,
+)
+from workers.batch import Batch
 from workers.normalizers import Normalizers
 
-VOCABULARY = 11
-LENGTH = 7.0
-CPU = torch.device("cpu")
+PPO = Ppo(clip_low=0.2, clip_high=0.28, clip_c=3.0)
 POLICY = PolicyLoss(
-    clip_low=0.2,
-    clip_high=0.28,
-    clip_c=3.0,
+    objective=PPO,
     agg_mode="token-mean",
     entropy_coeff=0.01,
     calculate_entropy=False,
@@ -37,91 +54,15 @@ POLICY = PolicyLoss(
     length=LENGTH,
 )
 VALUE = ValueLoss(clip=0.5, agg_mode="token-mean", length=LENGTH)
-INPUTS = ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs", "values", "returns", "base")
-COLUMNS = (*INPUTS, "entropy")
-
-
-def make_batch(seed: int, lengths: Sequence[int], dtype: torch.dtype = torch.float64) -> Batch:
-    """Random ragged sequences, three to a group, with every column a loss may read."""
-    rng = np.random.default_rng(seed)
-    total = sum(lengths)
-    columns = {name: torch.from_numpy(rng.normal(size=total)).to(dtype) for name in COLUMNS}
-    columns["rollout_logprobs"][torch.from_numpy(rng.random(total) < 0.3)] = math.nan
-    tokens = TensorDict({"loss_mask": torch.from_numpy(rng.random(total) < 0.7), **columns}, batch_size=[total])
-    group = np.arange(len(lengths), dtype=np.int32) // 3
-    prompts = [rng.integers(0, VOCABULARY, 1 + g).astype(np.int32) for g in range(len(lengths))]
-    responses = [rng.integers(0, VOCABULARY, n).astype(np.int32) for n in lengths]
-    return Batch([prompts[g] for g in group], responses, group, tokens)
-
-
-def norm_of(batch: Batch) -> Normalizers:
-    mask = batch.tokens.get("loss_mask").numpy()
-    return normalizers(count_loss_tokens(batch.lengths, mask), length=LENGTH)
-
-
-def run(loss: PolicyLoss | ValueLoss, micro: MicroBatch, theta: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a toy model whose prediction is a token's own offset plus a parameter that many tokens share."""
-    entropy = micro.tokens["entropy"] * (1.0 + theta.mean()) if loss.needs_entropy else None
-    return loss(micro.tokens["base"] + theta[micro.targets], entropy, micro)
-
-
-def whole(loss: PolicyLoss | ValueLoss, batch: Batch, theta: Tensor) -> tuple[float, Tensor, dict[str, float]]:
-    """Loss, gradient and metrics with everything in one micro-batch."""
-    return accumulate(loss, batch, theta, [list(range(len(batch)))])
-
-
-def accumulate(
-    loss: PolicyLoss | ValueLoss, batch: Batch, theta: Tensor, parts: Sequence[Sequence[int]]
-) -> tuple[float, Tensor, dict[str, float]]:
-    """What engines do: backward for each micro-batch, gradients and metrics added up."""
-    theta = theta.clone().requires_grad_()
-    total, metrics = 0.0, dict[str, float]()
-    for rows in parts:
-        micro = batch.micro_batch(rows, norm_of(batch), share_prompt=True, device=CPU)
-        value, measured = run(loss, micro, theta)
-        value.backward()
-        total += value.item()
-        for name, metric in measured.items():
-            assert metric.shape == () and not metric.requires_grad
-            add = max if name.endswith("_max") else min if name.endswith("_min") else lambda a, b: a + b
-            metrics[name] = add(metrics[name], metric.item()) if name in metrics else metric.item()
-    assert theta.grad is not None
-    return total, theta.grad, metrics
-
-
-def theta_of(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).normal(size=VOCABULARY)).to(dtype)
 
 
 # --- formulas written out -------------------------------------------------------------------------------------------
 
 
-def by_sequence(batch: Batch, values: list[float]) -> list[list[float]]:
-    """Masked-in values of each sequence."""
-    mask, rows, start = batch.tokens["loss_mask"].tolist(), [], 0
-    for length in batch.lengths.tolist():
-        rows.append([values[i] for i in range(start, start + length) if mask[i]])
-        start += length
-    return rows
-
-
-def naive_aggregate(rows: list[list[float]], mode: str) -> float:
-    everything = [v for row in rows for v in row]
-    if mode == "token-mean":
-        return sum(everything) / len(everything)
-    if mode == "token-sum":
-        return sum(everything)
-    if mode == "seq-mean-token-sum":
-        return sum(sum(row) for row in rows) / len(rows)
-    if mode == "seq-mean-token-mean":
-        return sum(sum(row) / len(row) for row in rows if row) / len(rows)
-    return sum(sum(row) for row in rows) / len(rows) / LENGTH
-
-
-def naive_ppo(new: float, old: float, advantage: float, loss: PolicyLoss) -> float:
+def naive_ppo(new: float, old: float, advantage: float) -> float:
     ratio = math.exp(min(max(new - old, -20.0), 20.0))
-    result = max(-advantage * ratio, -advantage * min(max(ratio, 1 - loss.clip_low), 1 + loss.clip_high))
-    return min(result, -advantage * loss.clip_c) if advantage < 0 else result
+    result = max(-advantage * ratio, -advantage * min(max(ratio, 0.8), 1.28))
+    return min(result, -advantage * 3.0) if advantage < 0 else result
 
 
 def naive_k3(new: float, ref: float) -> float:
@@ -136,7 +77,7 @@ def naive_policy_loss(loss: PolicyLoss, batch: Batch, theta: list[float]) -> flo
     scale = 1.0 + sum(theta) / len(theta)
     per_token = []
     for i, logprob in enumerate(new):
-        value = naive_ppo(logprob, columns["old_logprobs"][i], columns["advantages"][i], loss)
+        value = naive_ppo(logprob, columns["old_logprobs"][i], columns["advantages"][i])
         value -= loss.entropy_coeff * columns["entropy"][i] * scale
         value += (loss.kl_loss_coef or 0.0) * naive_k3(logprob, columns["ref_logprobs"][i])
         per_token.append(value)
@@ -231,17 +172,6 @@ def test_gradient_at_ratio_one_is_the_policy_gradient() -> None:
 
 
 # --- independence of the split --------------------------------------------------------------------------------------
-
-
-@st.composite
-def splits(draw: st.DrawFn) -> tuple[int, list[int], list[list[int]]]:
-    """Lengths, and the sequences in any order in any micro-batches (ranks only add up more of them), some empty."""
-    lengths = draw(st.lists(st.integers(0, 6), min_size=1, max_size=9))
-    order = draw(st.permutations(range(len(lengths))))
-    parts: list[list[int]] = [[] for _ in range(draw(st.integers(1, 5)))]
-    for row in order:
-        parts[draw(st.integers(0, len(parts) - 1))].append(row)
-    return draw(st.integers(0, 10**6)), lengths, parts
 
 
 @settings(deadline=None, max_examples=40)
@@ -350,6 +280,7 @@ def test_losses_from_configuration_travel() -> None:
         clip_ratio_low=0.1,
         clip_ratio_high=0.3,
         clip_ratio_c=4.0,
+        policy_loss=PolicyLossConfig(loss_mode="vanilla", params={}),
         loss_agg_mode="token-sum",
         entropy_coeff=0.0,
         calculate_entropy=True,
@@ -358,11 +289,33 @@ def test_losses_from_configuration_travel() -> None:
         kl_loss_type="k2",
         loss_scale_factor=None,
     )
-    loss = policy_loss(actor, 64)
-    assert loss == PolicyLoss(0.1, 0.3, 4.0, "token-sum", 0.0, True, None, "k2", 64.0)
-    assert policy_loss(actor.model_copy(update={"loss_scale_factor": 9.0, "use_kl_loss": True}), 64) == replace(
-        loss, length=9.0, kl_loss_coef=0.5
+    plain = RolloutCorrectionConfig(
+        rollout_is=None,
+        rollout_is_threshold=2.0,
+        rollout_rs=None,
+        rollout_rs_threshold=None,
+        bypass_mode=False,
+        rollout_is_batch_normalize=False,
     )
+    loss = policy_loss(actor, 64, plain)
+    assert loss == PolicyLoss(Ppo(0.1, 0.3, 4.0), "token-sum", 0.0, True, None, "k2", 64.0)
+    changed = actor.model_copy(
+        update={
+            "loss_scale_factor": 9.0,
+            "use_kl_loss": True,
+            "policy_loss": PolicyLossConfig(loss_mode="gspo", params={}),
+        }
+    )
+    icepop = plain.model_copy(update={"rollout_is": "token", "rollout_is_threshold": "0.5_5"})
+    assert policy_loss(changed, 64, icepop) == replace(
+        loss,
+        objective=Gspo(0.1, 0.3),
+        length=9.0,
+        kl_loss_coef=0.5,
+        correction=Correction(level="token", bounds=Bounds(0.5, 5.0)),
+    )
+    with pytest.raises(ValueError, match="loss_scale_factor=0: the loss is divided by it; set it above 0"):
+        policy_loss(actor.model_copy(update={"loss_scale_factor": 0.0}), 64, plain)
     critic = CriticConfig.model_construct(cliprange_value=0.4, loss_agg_mode="token-mean")
     assert value_loss(critic, 64) == ValueLoss(0.4, "token-mean", 64.0)
     assert pickle.loads(pickle.dumps(loss)) == loss
@@ -398,6 +351,35 @@ def test_kl_estimators(names: Sequence[str], expected: list[float]) -> None:
     reference = torch.tensor([-1.5, -1.5, -1000.0], dtype=torch.float64)
     for name in names:
         assert kl.estimate(logprobs, reference, name).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("base", ["k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl"])
+def test_straight_through_estimators(base: str) -> None:
+    """With + the value is the estimator's, the slope that of k2: log policy - log reference."""
+    logprobs = torch.tensor([-1.0, -2.0, -0.5, -3.0], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([-1.5, -1.5, -0.5, -300.0], dtype=torch.float64)
+    value = kl.estimate(logprobs, reference, f"{base}+")
+    assert value.tolist() == kl.estimate(logprobs, reference, base).tolist()
+    (slope,) = torch.autograd.grad(value.sum(), logprobs)
+    assert slope.tolist() == pytest.approx([0.5, -0.5, 0.0, 297.0])
+
+
+def test_expected_gradients_of_estimators() -> None:
+    """What the docs say of each in a loss, by enumeration of all outcomes of one token."""
+    generator = torch.Generator().manual_seed(0)
+    logits, others = (torch.randn(6, dtype=torch.float64, generator=generator) * 0.5 for _ in range(2))
+    logits.requires_grad_()
+    policy, reference = logits.log_softmax(0), others.log_softmax(0)
+
+    def gradient(y: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(y, logits, retain_graph=True)[0]
+
+    forward = gradient((policy.exp() * (policy - reference)).sum())
+    backward = gradient((reference.exp() * (reference - policy)).sum())
+    expected = {"k1": torch.zeros(6), "k2": forward, "k3": backward, "k1+": forward, "k3+": forward, "abs+": forward}
+    for kind, wanted in expected.items():
+        found = gradient((policy.exp().detach() * kl.estimate(policy, reference, kind)).sum())
+        torch.testing.assert_close(found, wanted.double(), rtol=1e-10, atol=1e-12)
 
 
 def test_k3_keeps_small_divergences() -> None:

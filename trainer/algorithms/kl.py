@@ -7,6 +7,9 @@ Estimators of KL(policy, reference) for tokens drawn from the policy, with r = r
     abs             |log r|
     k2, mse         (log r)^2 / 2           biased, low variance
     k3, low_var_kl  r - 1 - log r           unbiased, low variance, never negative
+
+In a loss the gradient counts, not the value, and only k2's is an unbiased estimate of the gradient of the KL (k1's is 0
+on average). A name with `+` has the value of its estimator and the gradient of k2 (straight through).
 """
 
 from __future__ import annotations
@@ -49,13 +52,20 @@ def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
 
 
 ESTIMATORS = {"k1": k1, "kl": k1, "abs": absolute, "k2": k2, "mse": k2, "k3": k3, "low_var_kl": k3}
+STRAIGHT_THROUGH = "+"
 
 
 def estimate(logprobs: Tensor, reference: Tensor, kind: str) -> Tensor:
     """Per-token KL(policy, reference) [R] of log-probs [R], differentiable in the first. ValueError: unknown kind."""
-    if kind not in ESTIMATORS:
-        raise ValueError(f"KL estimator {kind!r} is unknown; choose one of {', '.join(ESTIMATORS)}")
-    return ESTIMATORS[kind](logprobs, reference)
+    base = kind.removesuffix(STRAIGHT_THROUGH)
+    if base not in ESTIMATORS:
+        names = ", ".join(ESTIMATORS)
+        raise ValueError(f"KL estimator {kind!r} is unknown; choose one of {names}, or one of them with + at its end")
+    value = ESTIMATORS[base](logprobs, reference)
+    if base == kind:
+        return value
+    slope = (logprobs - reference).detach()
+    return value.detach() + slope * (logprobs - logprobs.detach())
 
 
 def reward_penalty(

@@ -1,4 +1,4 @@
-"""Losses, one plain function per role, the same for every training engine.
+"""Losses, one callable per role, the same for every training engine.
 
 An engine calls `loss(predictions [R], entropy [R] | None, micro) -> (scalar, metrics)` for each micro-batch, where R
 counts its response tokens, and adds up the gradients. Every result is divided by counts of the whole mini-batch, so
@@ -18,69 +18,47 @@ from torch import Tensor
 
 from trainer.algorithms import kl
 from trainer.algorithms.aggregation import token_mean, token_weights, weighted_sum
+from trainer.algorithms.corrections import (
+    WEIGHTS,
+    correction_metrics,
+    correction_weights,
+    log_ratios,
+    mismatch,
+    normalized_weights,
+)
+from trainer.algorithms.policy.base import LOG_RATIO_LIMIT, BatchInput, Objective, ObjectiveInput, PolicyObjective
+from trainer.algorithms.policy.build import ClipRange, policy_objective
+from trainer.algorithms.thresholds import Correction, read_correction
 from workers.batch import MicroBatch
 
 if TYPE_CHECKING:
-    from trainer.config.schema import ActorConfig, CriticConfig
+    from trainer.config.schema import ActorConfig, CriticConfig, RolloutCorrectionConfig
 
-LOG_RATIO_LIMIT = 20.0
-"""The log of the ratio is held within +- this, so that one wild token cannot overflow the step."""
-
+NO_CORRECTION = Correction()
 Metrics = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class ClippedObjective:
-    """PPO's loss per token and which bound was active, all [R]."""
-
-    loss: Tensor
-    clipped: Tensor
-    clipped_lower: Tensor
-
-
-def clipped_objective(
-    log_ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, clip_c: float
-) -> ClippedObjective:
-    """Dual-clip PPO, per token.
-
-    max(-A r, -A clip(r, 1 - low, 1 + high))      https://arxiv.org/abs/1707.06347, equation 7
-    for A < 0 never above -A c                    https://arxiv.org/abs/1912.09729, equation 5
-
-    log_ratio: [R], log of r = new / old probability. advantages: [R]. clip_c: c > 1.
-    """
-    ratio = log_ratio.exp()
-    plain = -advantages * ratio
-    bounded = -advantages * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    upper = torch.maximum(plain, bounded)
-    floor = -advantages * clip_c
-    negative = advantages < 0
-    return ClippedObjective(
-        loss=torch.where(negative, torch.minimum(upper, floor), upper),
-        clipped=bounded > plain,
-        clipped_lower=negative & (upper > floor),
-    )
-
-
-@dataclass(frozen=True, slots=True)
 class PolicyLoss:
-    """PPO's clipped objective - entropy_coeff * entropy + kl_loss_coef * KL(policy, reference).
+    """A policy objective, weighed by a correction, - entropy_coeff * entropy + kl_loss_coef * KL(policy, reference).
 
     Reads from `micro.tokens`: loss_mask, advantages; old_logprobs (absent: the policy itself, whose ratio is 1);
-    ref_logprobs where kl_loss_coef is set; rollout_logprobs where the sampler was asked (NaN: not for this token).
+    ref_logprobs where kl_loss_coef is set; rollout_logprobs where the sampler was asked (NaN: not for this token);
+    those of `columns`.
 
+    agg_mode: of entropy, KL and an objective that prescribes none. Only the objective is weighed by the correction.
     kl_loss_coef: None: no KL in the loss, and no reference is needed.
     length: tokens, what seq-mean-token-sum-norm divides by; the driver puts it into `Normalizers`.
     """
 
-    clip_low: float
-    clip_high: float
-    clip_c: float
+    objective: PolicyObjective
     agg_mode: str
     entropy_coeff: float
     calculate_entropy: bool
     kl_loss_coef: float | None
     kl_loss_type: str
     length: float
+    correction: Correction = NO_CORRECTION
 
     @property
     def needs_entropy(self) -> bool:
@@ -92,28 +70,76 @@ class PolicyLoss:
         """Whether `ref_logprobs` must be there."""
         return self.kl_loss_coef is not None
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The per-token columns that `driver_columns` makes for it."""
+        return (*self.objective.columns, *((WEIGHTS,) if self.correction.batch_normalize else ()))
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """Whether the driver needs the policy's log-probs before the first update, even where there is only one."""
+        return bool(self.columns) and not self.correction.bypass
+
+    @property
+    def uses_old_logprobs(self) -> bool:
+        """Whether several updates of one batch need them; False where the sampler's take their place."""
+        return not self.correction.bypass
+
+    @property
+    def needs_sampler(self) -> bool:
+        """Whether every token's log-prob must have been asked of the sampler."""
+        return self.correction.needs_sampler
+
     def __call__(self, logprobs: Tensor, entropy: Tensor | None, micro: MicroBatch) -> tuple[Tensor, Metrics]:
         """Loss and metrics of one micro-batch. logprobs: [R] with gradient; entropy: [R] in nats, or None."""
         mask = _column(micro, "loss_mask")
-        logprobs = torch.where(mask, logprobs, 0.0)
-        old = _column_or(micro, "old_logprobs", logprobs.detach())
-        log_ratio = (logprobs - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-        objective = clipped_objective(
-            log_ratio,
-            _column(micro, "advantages"),
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
-            clip_c=self.clip_c,
-        )
+        x = self._input(torch.where(mask, logprobs, 0.0), mask, micro)
+        objective = self.objective(x)
+        per_token, metrics = self._corrected(objective.loss, x, micro)
+        mode = self.agg_mode if self.objective.agg_mode is None else self.objective.agg_mode
+        pg_loss = weighted_sum(per_token, mask, _weights(micro, mask, mode, logprobs.dtype))
+        metrics |= {name: value.detach() for name, value in objective.metrics.items()}
+        metrics |= {"actor/pg_loss": pg_loss.detach(), **_ratio_metrics(x.log_ratio.detach(), objective, mask, micro)}
         weights = _weights(micro, mask, self.agg_mode, logprobs.dtype)
-        pg_loss = weighted_sum(objective.loss, mask, weights)
-        metrics = {"actor/pg_loss": pg_loss.detach(), **_ratio_metrics(log_ratio.detach(), objective, mask, micro)}
         loss = self._add_entropy(pg_loss, entropy, mask, weights, micro, metrics)
-        loss = self._add_kl(loss, logprobs, mask, weights, micro, metrics)
+        loss = self._add_kl(loss, x.logprobs, mask, weights, micro, metrics)
         metrics["actor/loss"] = loss.detach()
-        if "rollout_logprobs" in micro.tokens.keys():  # noqa: SIM118 (a TensorDict is not a dict)
-            metrics |= mismatch_metrics(_column(micro, "rollout_logprobs"), old, mask)
         return loss, metrics
+
+    def _input(self, logprobs: Tensor, mask: Tensor, micro: MicroBatch) -> ObjectiveInput:
+        """The micro-batch as objectives see it: nothing that a masked token holds is left."""
+        policy = logprobs.detach()
+        sampler = _sampler(micro, mask)
+        if self.correction.bypass:
+            assert sampler is not None, "bypass_mode needs the sampler's log-probs"
+            old = torch.where(torch.isnan(sampler), policy, sampler)
+        else:
+            old = torch.where(mask, _column_or(micro, "old_logprobs", policy), 0.0)
+        return ObjectiveInput(
+            logprobs=logprobs,
+            old=old,
+            log_ratio=(logprobs - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT),
+            advantages=torch.where(mask, _column(micro, "advantages"), 0.0),
+            mask=mask,
+            sequence=micro.sequence,
+            num_sequences=micro.num_sequences,
+            columns={str(name): _column(micro, str(name)) for name in micro.tokens.keys()},  # noqa: SIM118
+            sampler=sampler,
+        )
+
+    def _corrected(self, loss: Tensor, x: ObjectiveInput, micro: MicroBatch) -> tuple[Tensor, Metrics]:
+        """The loss per token times the correction's weights, and what is to be told about the sampler."""
+        if x.sampler is None:
+            assert not self.correction.needs_sampler, "the correction needs the sampler's log-probs"
+            return loss, {}
+        trainer = x.logprobs.detach() if self.correction.bypass else x.old
+        metrics = mismatch_metrics(x.sampler, trainer, x.mask)
+        if not self.correction.weighs:
+            return loss, metrics
+        found = mismatch(trainer, x.sampler, x.mask, x.sequence, x.num_sequences)
+        given = _column(micro, WEIGHTS) if self.correction.batch_normalize else None
+        weights = correction_weights(self.correction, found, given)
+        return loss * weights, metrics | correction_metrics(self.correction, found, weights, micro.norm)
 
     def _add_entropy(
         self, loss: Tensor, entropy: Tensor | None, mask: Tensor, weights: Tensor, micro: MicroBatch, metrics: Metrics
@@ -171,19 +197,40 @@ class ValueLoss:
         }
 
 
-def policy_loss(cfg: ActorConfig, max_response_length: int) -> PolicyLoss:
-    """The actor's loss as actor_rollout_ref.actor asks for it; max_response_length in tokens."""
+def policy_loss(cfg: ActorConfig, max_response_length: int, rollout_correction: RolloutCorrectionConfig) -> PolicyLoss:
+    """The actor's loss as actor_rollout_ref.actor and algorithm.rollout_correction ask for it.
+
+    max_response_length: tokens. Raises ValueError naming key, value and remedy.
+    """
+    length = float(max_response_length if cfg.loss_scale_factor is None else cfg.loss_scale_factor)
+    if not length > 0.0:
+        raise ValueError(
+            f"actor_rollout_ref.actor.loss_scale_factor={length:g}: the loss is divided by it; "
+            "set it above 0, or to null"
+        )
+    clips = ClipRange(cfg.clip_ratio_low, cfg.clip_ratio_high, cfg.clip_ratio_c)
     return PolicyLoss(
-        clip_low=cfg.clip_ratio_low,
-        clip_high=cfg.clip_ratio_high,
-        clip_c=cfg.clip_ratio_c,
+        objective=policy_objective(cfg.policy_loss.loss_mode, cfg.policy_loss.params, clips),
         agg_mode=cfg.loss_agg_mode,
         entropy_coeff=cfg.entropy_coeff,
         calculate_entropy=cfg.calculate_entropy,
         kl_loss_coef=cfg.kl_loss_coef if cfg.use_kl_loss else None,
         kl_loss_type=cfg.kl_loss_type,
-        length=float(max_response_length if cfg.loss_scale_factor is None else cfg.loss_scale_factor),
+        length=length,
+        correction=read_correction(rollout_correction),
     )
+
+
+def driver_columns(loss: PolicyLoss, x: BatchInput, *, seed: tuple[int, ...]) -> dict[str, Tensor]:
+    """The columns of `loss.columns`, [R] float32 each, from the whole batch of a step; the same for the same seed.
+
+    With bypass_mode `x.old` is the sampler's log-probs.
+    """
+    columns = loss.objective.driver_columns(x, seed)
+    if loss.correction.batch_normalize:
+        columns[WEIGHTS] = normalized_weights(loss.correction, x)
+    assert set(columns) == set(loss.columns), (set(columns), loss.columns)
+    return columns
 
 
 def value_loss(cfg: CriticConfig, max_response_length: int) -> ValueLoss:
@@ -198,9 +245,8 @@ def mismatch_metrics(sampler: Tensor, trainer: Tensor, mask: Tensor) -> Metrics:
     """
     with torch.no_grad():
         asked = mask & ~torch.isnan(sampler)
-        sampler = torch.where(asked, sampler, trainer)
-        distance = torch.where(asked, (trainer - sampler).abs(), 0.0)
-        divergence = torch.where(asked, kl.k3(sampler, trainer), 0.0)
+        log_rho = log_ratios(trainer, sampler, asked)
+        distance, divergence = log_rho.abs(), kl.k3(torch.zeros_like(log_rho), log_rho)
         return {
             "mismatch/logprob_abs_diff_sum": distance.sum(),
             "mismatch/logprob_abs_diff_max": _max(distance, identity=0.0),
@@ -209,7 +255,7 @@ def mismatch_metrics(sampler: Tensor, trainer: Tensor, mask: Tensor) -> Metrics:
         }
 
 
-def _ratio_metrics(log_ratio: Tensor, objective: ClippedObjective, mask: Tensor, micro: MicroBatch) -> Metrics:
+def _ratio_metrics(log_ratio: Tensor, objective: Objective, mask: Tensor, micro: MicroBatch) -> Metrics:
     """The identities of max and min are the bounds of the log ratio: finite, and neutral where no token is."""
     highest = _max(torch.where(mask, log_ratio, -LOG_RATIO_LIMIT), identity=-LOG_RATIO_LIMIT)
     lowest = -_max(torch.where(mask, -log_ratio, -LOG_RATIO_LIMIT), identity=-LOG_RATIO_LIMIT)
@@ -229,6 +275,12 @@ def _max(values: Tensor, *, identity: float) -> Tensor:
 
 def _weights(micro: MicroBatch, mask: Tensor, mode: str, dtype: torch.dtype) -> Tensor:
     return token_weights(mask, micro.sequence, micro.num_sequences, mode=mode, norm=micro.norm, dtype=dtype)
+
+
+def _sampler(micro: MicroBatch, mask: Tensor) -> Tensor | None:
+    """The sampler's log-probs [R], NaN where masked or not asked; None where it was not asked for any token."""
+    sampler = micro.tokens.get("rollout_logprobs")
+    return torch.where(mask, sampler, torch.nan) if isinstance(sampler, Tensor) else None
 
 
 def _column(micro: MicroBatch, name: str) -> Tensor:

@@ -16,6 +16,10 @@ class Alias(NamedTuple):
     remark: str = ""
 
 
+_ACTOR = "actor_rollout_ref.actor"
+_LOSS_PARAMS = ("clip_cov_ratio", "clip_cov_lb", "clip_cov_ub", "kl_cov_ratio", "ppo_kl_coef", "dro_beta")
+"""Beside loss_mode in verl, for whichever loss is chosen."""
+
 ALIASES: dict[str, Alias] = {
     "critic.model.fsdp_config": Alias("critic.fsdp"),
     "custom_reward_function": Alias("reward.custom_reward_function"),
@@ -28,6 +32,8 @@ ALIASES: dict[str, Alias] = {
         "critic.ppo_micro_batch_size_per_gpu", "it counts the sequences of one device"
     ),
     "trainer.n_devices_per_node": Alias("trainer.n_gpus_per_node"),
+    **{f"{_ACTOR}.{name}": Alias(f"{_ACTOR}.policy_loss.params.{name}") for name in ("tau_pos", "tau_neg")},
+    **{f"{_ACTOR}.policy_loss.{name}": Alias(f"{_ACTOR}.policy_loss.params.{name}") for name in _LOSS_PARAMS},
 }
 """Old key or section -> its place today."""
 

@@ -52,9 +52,6 @@ def _sizes(role: TrainingRole, megatron: RefMegatronConfig, num_devices: int) ->
             f"{key}.expert_model_parallel_size={ep}: experts are spread over data-parallel devices, and {ep} does not "
             f"divide the {dp} of {role.key}; set it to a divisor of {dp}"
         )
-    if megatron.context_parallel_size != 1:
-        size = megatron.context_parallel_size
-        yield f"{key}.context_parallel_size={size}: sequences cannot be cut over devices yet; set it to 1"
 
 
 def _installed(role: TrainingRole) -> Iterator[str]:

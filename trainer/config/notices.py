@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from trainer.algorithms.estimators import catalog
 from trainer.config.roles import training_roles
 from trainer.config.schema import Config
 
@@ -28,7 +29,7 @@ def _objective(cfg: Config) -> Iterator[str]:
             f"{_ACTOR}.loss_scale_factor={actor.loss_scale_factor} has no effect: it belongs to "
             f"loss_agg_mode=seq-mean-token-sum-norm, and {_ACTOR}.loss_agg_mode={actor.loss_agg_mode}"
         )
-    if cfg.critic.enable is True and cfg.algorithm.adv_estimator != "gae":
+    if cfg.critic.enable is True and "values" not in catalog.needs(cfg.algorithm.adv_estimator):
         yield (
             f"critic.enable=true trains a critic whose values algorithm.adv_estimator={cfg.algorithm.adv_estimator} "
             "does not use"

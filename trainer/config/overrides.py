@@ -115,6 +115,6 @@ def _without_plus(override: str, known: KnownKeys) -> str:
     """Make `+key=`, `key=` and `++key=` mean the same: set the key (Hydra refuses one or the other)."""
     name, equals, value = override.partition("=")
     key = name.lstrip("+")
-    if known.is_free(key):
+    if known.is_free(key) or key in known.free_form:
         return f"++{key}{equals}{value}"
     return f"{key}{equals}{value}" if key in known.leaves else override

@@ -12,12 +12,12 @@ from trainer.config.schema import (
     ActorConfig,
     Config,
     CriticConfig,
-    FsdpConfig,
-    MegatronConfig,
     RefConfig,
     RefFsdpConfig,
     RefMegatronConfig,
     Strategy,
+    TrainedFsdpConfig,
+    TrainedMegatronConfig,
 )
 from workers.settings import Auto
 
@@ -26,13 +26,16 @@ RoleName = Literal["actor", "ref", "critic"]
 
 @dataclass(frozen=True, slots=True)
 class TrainingRole:
-    """One role that a run has. key: its section; engine_key: the section of the engine that its strategy names."""
+    """One role that a run has. key: its section; engine_key: the section of the engine that its strategy names.
+    actor: the actor's section, some of whose keys hold for every role.
+    """
 
     name: RoleName
     key: str
     engine_key: str
     config: ActorConfig | RefConfig | CriticConfig
-    engine: FsdpConfig | RefFsdpConfig | MegatronConfig | RefMegatronConfig
+    engine: TrainedFsdpConfig | RefFsdpConfig | TrainedMegatronConfig | RefMegatronConfig
+    actor: ActorConfig
 
     @property
     def strategy(self) -> Strategy:
@@ -45,6 +48,13 @@ class TrainingRole:
         return self.engine if isinstance(self.engine, RefMegatronConfig) else None
 
     @property
+    def model_dtype(self) -> Literal["fp32", "bf16"] | None:
+        """Of the master weights; None: it is not trained."""
+        if isinstance(self.engine, TrainedMegatronConfig):
+            return self.actor.megatron.model_dtype
+        return self.engine.model_dtype if isinstance(self.engine, TrainedFsdpConfig) else None
+
+    @property
     def ranks_per_model(self) -> int:
         """Training ranks that hold one copy of the model between them, and get the same batch. FSDP's ranks do not."""
         megatron = self.megatron
@@ -54,7 +64,7 @@ class TrainingRole:
     def offloads(self) -> dict[str, Auto]:
         """Key of the engine's section -> when that part of the model leaves the device."""
         found: dict[str, Auto] = {"param_offload": self.engine.param_offload}
-        if isinstance(self.engine, FsdpConfig | MegatronConfig):
+        if isinstance(self.engine, TrainedFsdpConfig | TrainedMegatronConfig):
             found["optimizer_offload"] = self.engine.optimizer_offload
         return found
 
@@ -63,11 +73,11 @@ def training_roles(cfg: Config) -> tuple[TrainingRole, ...]:
     """The actor, and the reference and the critic where there is one."""
     family, critic = cfg.actor_rollout_ref, cfg.critic
     actor, ref = family.actor, family.ref
-    roles = [_role("actor", "actor_rollout_ref.actor", "fsdp_config", actor, actor.fsdp_config)]
+    roles = [_role("actor", "actor_rollout_ref.actor", "fsdp_config", actor, actor.fsdp_config, actor)]
     if cfg.use_reference:
-        roles.append(_role("ref", "actor_rollout_ref.ref", "fsdp_config", ref, ref.fsdp_config))
+        roles.append(_role("ref", "actor_rollout_ref.ref", "fsdp_config", ref, ref.fsdp_config, actor))
     if cfg.use_critic:
-        roles.append(_role("critic", "critic", "fsdp", critic, critic.fsdp))
+        roles.append(_role("critic", "critic", "fsdp", critic, critic.fsdp, actor))
     return tuple(roles)
 
 
@@ -76,8 +86,9 @@ def _role(
     key: str,
     fsdp_name: str,
     config: ActorConfig | RefConfig | CriticConfig,
-    fsdp: FsdpConfig | RefFsdpConfig,
+    fsdp: TrainedFsdpConfig | RefFsdpConfig,
+    actor: ActorConfig,
 ) -> TrainingRole:
     if config.strategy == "megatron":
-        return TrainingRole(name, key, f"{key}.megatron", config, config.megatron)
-    return TrainingRole(name, key, f"{key}.{fsdp_name}", config, fsdp)
+        return TrainingRole(name, key, f"{key}.megatron", config, config.megatron, actor)
+    return TrainingRole(name, key, f"{key}.{fsdp_name}", config, fsdp, actor)

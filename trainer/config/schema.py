@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from trainer.algorithms import custom
+from trainer.algorithms.estimators import catalog
 from workers.settings import Auto
 
 
@@ -34,6 +36,13 @@ def _rank_as_text(value: object) -> object:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _estimator(value: str) -> str:
+    if value not in catalog.ESTIMATORS and not custom.is_path(value):
+        names = ", ".join(sorted(catalog.ESTIMATORS))
+        raise ValueError(f"must be one of {names}, or your own function as {custom.FORMS}")
+    return value
+
+
 def _sleep_level(value: object) -> object:
     if isinstance(value, bool):  # equals 0 or 1, and so would pass
         raise ValueError("must be one of 'auto', 0, 1 or 2")
@@ -54,7 +63,8 @@ DeviceMapping = Annotated[str | list[int] | None, BeforeValidator(_rank_as_text)
 """Global device ranks, read by `devices.parse_device_mapping`; None: every device."""
 
 LossAggMode = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
-KlKind = Literal["k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl"]
+KlBase = Literal["k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl"]
+KlKind = KlBase | Literal["k1+", "kl+", "abs+", "k2+", "mse+", "k3+", "low_var_kl+"]
 ComputeDtype = Literal["bfloat16", "float32"]
 Strategy = Literal["fsdp", "megatron"]
 
@@ -115,15 +125,20 @@ class OptimConfig(Section):
     min_lr_ratio: Share
 
 
-class FsdpConfig(Section):
-    """`actor.fsdp_config` and `critic.fsdp`: precision, sharding and offloading of a trained model."""
+class TrainedFsdpConfig(Section):
+    """`critic.fsdp`: precision, sharding and offloading of a trained model."""
 
     model_dtype: Literal["fp32", "bf16"]
     dtype: ComputeDtype
     reshard_after_forward: Auto
-    wrap_min_num_params: NonNegative
     param_offload: Auto
     optimizer_offload: Auto
+
+
+class FsdpConfig(TrainedFsdpConfig):
+    """`actor.fsdp_config`: the same, and what holds for every role."""
+
+    wrap_min_num_params: NonNegative
 
 
 class RefMegatronConfig(Section):
@@ -133,17 +148,21 @@ class RefMegatronConfig(Section):
     pipeline_model_parallel_size: Positive
     virtual_pipeline_model_parallel_size: Annotated[int, Field(ge=2)] | None
     expert_model_parallel_size: Positive
-    context_parallel_size: Positive
-    sequence_parallel: bool
     dtype: ComputeDtype
     param_offload: Auto
 
 
-class MegatronConfig(RefMegatronConfig):
-    """`actor.megatron` and `critic.megatron`: the same of a trained model."""
+class TrainedMegatronConfig(RefMegatronConfig):
+    """`critic.megatron`: the same of a trained model."""
+
+    optimizer_offload: Auto
+
+
+class MegatronConfig(TrainedMegatronConfig):
+    """`actor.megatron`: the same, and what holds for every role."""
 
     model_dtype: Literal["fp32", "bf16"]
-    optimizer_offload: Auto
+    sequence_parallel: bool
 
 
 class CheckpointConfig(Section):
@@ -152,6 +171,13 @@ class CheckpointConfig(Section):
     save_contents: Annotated[
         tuple[Literal["model", "optimizer", "extra", "hf_model"], ...], BeforeValidator(_one_or_many)
     ]
+
+
+class PolicyLossConfig(Section):
+    """`actor.policy_loss`: which policy objective, by name or import path, and its parameters."""
+
+    loss_mode: Name
+    params: dict[str, Any]
 
 
 class ActorConfig(Section):
@@ -169,6 +195,7 @@ class ActorConfig(Section):
     clip_ratio_low: Share
     clip_ratio_high: NonNegativeFloat
     clip_ratio_c: Annotated[float, Field(gt=1)]
+    policy_loss: PolicyLossConfig
     loss_agg_mode: LossAggMode
     loss_scale_factor: PositiveFloat | None
     entropy_coeff: Annotated[float, Field(allow_inf_nan=False)]
@@ -187,7 +214,6 @@ class RefFsdpConfig(Section):
 
     dtype: ComputeDtype
     reshard_after_forward: bool
-    wrap_min_num_params: NonNegative
     param_offload: Auto
 
 
@@ -282,8 +308,8 @@ class CriticConfig(Section):
     cliprange_value: PositiveFloat
     loss_agg_mode: LossAggMode
     optim: OptimConfig
-    fsdp: FsdpConfig
-    megatron: MegatronConfig
+    fsdp: TrainedFsdpConfig
+    megatron: TrainedMegatronConfig
 
 
 class CustomRewardFunctionConfig(Section):
@@ -327,10 +353,22 @@ class FilterGroupsConfig(Section):
     max_num_gen_batches: Positive
 
 
+class RolloutCorrectionConfig(Section):
+    """`algorithm.rollout_correction`: weights and rejection for a sampler that differs from the trainer."""
+
+    rollout_is: Literal["token", "sequence", "geometric"] | None
+    rollout_is_threshold: float | str
+    rollout_rs: Name | None
+    rollout_rs_threshold: float | str | None
+    bypass_mode: bool
+    rollout_is_batch_normalize: bool
+
+
 class AlgorithmConfig(Section):
     """`algorithm`: advantages and the KL in the reward."""
 
-    adv_estimator: Literal["gae", "grpo"]
+    adv_estimator: Annotated[str, AfterValidator(_estimator)]
+    adv_params: dict[str, Any]
     gamma: Share
     lam: Share
     norm_adv_by_std_in_grpo: bool
@@ -338,6 +376,7 @@ class AlgorithmConfig(Section):
     kl_penalty: KlKind
     kl_ctrl: KlCtrlConfig
     filter_groups: FilterGroupsConfig
+    rollout_correction: RolloutCorrectionConfig
 
 
 class TrainerConfig(Section):
@@ -395,7 +434,7 @@ class Config(Section):
     def use_critic(self) -> bool:
         """Whether a critic is trained: as `critic.enable` says, else where the advantage estimator needs values."""
         if self.critic.enable is None:
-            return self.algorithm.adv_estimator == "gae"
+            return "values" in catalog.needs(self.algorithm.adv_estimator)
         return self.critic.enable
 
     @property

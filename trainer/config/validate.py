@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 from itertools import combinations
 from pathlib import Path
 
+from trainer.config.algorithms import estimator_problems
 from trainer.config.collecting import collecting_problems
+from trainer.config.corrections import policy_loss_problems, rollout_correction_problems
 from trainer.config.devices import parse_device_mapping
 from trainer.config.errors import UserError, raise_problems, show
 from trainer.config.inputs import check_model_path, check_reward_function, find_data_files
@@ -202,17 +204,7 @@ def _tensor_parallel(cfg: Config) -> Iterator[str]:
 
 
 def _algorithm(cfg: Config) -> Iterator[str]:
-    estimator, rollout = cfg.algorithm.adv_estimator, cfg.actor_rollout_ref.rollout
-    if estimator == "grpo" and rollout.n == 1:
-        yield (
-            f"{ROLLOUT}.n=1: algorithm.adv_estimator=grpo compares the responses to one prompt, and one alone has "
-            f"no baseline; set {ROLLOUT}.n=8, for example"
-        )
-    if estimator == "gae" and not cfg.use_critic:
-        yield (
-            "critic.enable=false: algorithm.adv_estimator=gae needs the critic's values; "
-            "set critic.enable=null, or algorithm.adv_estimator=grpo"
-        )
+    rollout = cfg.actor_rollout_ref.rollout
     if rollout.temperature == 0:
         yield (
             f"{ROLLOUT}.temperature=0.0: greedy responses leave nothing to explore, and log-probs are divided by it; "
@@ -303,6 +295,9 @@ _KEY_CHECKS = (
     _devices,
     _megatron,
     _tensor_parallel,
+    estimator_problems,
+    policy_loss_problems,
+    rollout_correction_problems,
     _algorithm,
     collecting_problems,
     _run,
