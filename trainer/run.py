@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from trainer import checkpoint, placement
+from trainer.actors import start_workers
 from trainer.adaptation import Adaptation, adapt
 from trainer.config.errors import complain, user_errors
 from trainer.config.roles import training_roles
@@ -28,7 +29,7 @@ from trainer.inputs import Inputs, load_inputs
 from trainer.plan import show_plan
 from trainer.scoring import RewardErrorRate
 from trainer.session import Interrupted, Session, command_line
-from trainer.setup import build, start_workers
+from trainer.setup import build
 from trainer.shortage import explain
 from trainer.specs import Sizes, sizes
 from trainer.tracking.console import make_console

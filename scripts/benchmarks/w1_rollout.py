@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from trainer.setup import start_replicas
+from trainer.actors import start_replicas
 from trainer.tracking.rollout import RolloutLog
 from workers.rollout.pool import RolloutPool
 from workers.rollout.spec import MONITOR_EVERY, SamplingSpec

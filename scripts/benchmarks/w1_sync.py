@@ -13,8 +13,9 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
+from trainer.actors import start_workers
 from trainer.driver import Driver
-from trainer.setup import build, start_workers
+from trainer.setup import build
 from trainer.specs import sizes
 from trainer.tracking.phases import Phases
 from workers.sync.sync import SyncReport

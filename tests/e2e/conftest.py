@@ -107,7 +107,10 @@ def ppo_run(runs: Path, task: Path) -> Outcome:
 
 @pytest.fixture(scope="session")
 def dapo_run(runs: Path, task: Path) -> Outcome:
-    """DAPO: groups without signal are replaced, long responses pay, the upper clip bound is higher; two updates."""
+    """DAPO: groups without signal are replaced, long responses pay, the upper clip bound is higher; two updates.
+
+    And all that is known about a sampler that differs from the trainer, which here it does not.
+    """
     outcome = run(
         runs / "dapo",
         *NO_VALIDATION,
@@ -119,6 +122,10 @@ def dapo_run(runs: Path, task: Path) -> Outcome:
         "actor_rollout_ref.actor.clip_ratio_high=0.28",
         "actor_rollout_ref.actor.ppo_mini_batch_size=32",
         "actor_rollout_ref.rollout.n=4",
+        "actor_rollout_ref.rollout.calculate_log_probs=true",
+        "algorithm.rollout_correction.rollout_is=token",
+        "algorithm.rollout_correction.rollout_rs=token_k2",
+        "algorithm.rollout_correction.rollout_rs_threshold=1.0",
     )
     assert outcome.status == 0, outcome.told
     return outcome

@@ -101,6 +101,11 @@ def test_groups_that_teach_nothing_are_replaced(dapo_run: Outcome) -> None:
         assert 2 <= record["filter_groups/rounds"] <= 6
         assert record["reward/frac_zero_std_groups"] == 0
         assert record["actor/num_updates"] == 2
+        assert (
+            record["correction/is_weight_mean"] == pytest.approx(1, abs=1e-4)
+            if "correction/is_weight_mean" in record
+            else True
+        )
         assert record["perf/tokens"] > 0 and record["mismatch/logprob_abs_diff_mean"] < 1e-4
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from trainer.setup import _ranks_on, place_engines, prepare_engines, read_ahead
+from trainer.actors import _ranks_on
+from trainer.setup import place_engines, prepare_engines, read_ahead
 from workers.group import WorkerGroup
 
 ROLES = ("actor", "ref", "critic")
@@ -28,11 +30,21 @@ class FakeGroup:
         return []
 
 
+def _specs(strategy: str) -> dict[str, Any]:
+    return {role: SimpleNamespace(strategy=strategy) for role in ROLES}
+
+
+def test_what_reads_nothing_is_prepared_ahead_on_many_ranks_too() -> None:
+    assert read_ahead(_specs("megatron"), 8) == ROLES
+    assert read_ahead(_specs("fsdp"), 8) == ("actor",)
+    assert read_ahead(_specs("fsdp") | {"ref": SimpleNamespace(strategy="megatron")}, 8) == ("actor", "ref")
+
+
 @pytest.mark.parametrize(("num_ranks", "most"), [(1, 3), (2, 1), (8, 1)])
 def test_one_rank_reads_all_models_ahead_and_many_hold_one_each(num_ranks: int, most: int) -> None:
     fake = FakeGroup()
     train = cast("dict[str, WorkerGroup]", dict.fromkeys(ROLES, fake))
-    specs, offload = cast("dict[str, Any]", dict.fromkeys(ROLES)), cast("dict[str, Any]", {role: {} for role in ROLES})
+    specs, offload = _specs("fsdp"), cast("dict[str, Any]", {role: {} for role in ROLES})
     ahead = read_ahead(specs, num_ranks)
     prepare_engines(train, {role: specs[role] for role in ahead}, 1.0)
     assert fake.calls[0] == "prepare actor"
