@@ -7,6 +7,7 @@ this process; those of two and four ranks are processes over gloo, started once 
 from __future__ import annotations
 
 import math
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -319,7 +320,10 @@ class Solo:
         return [function(self._mesh, *args)]
 
     def close(self) -> None:
-        """Leaves the process group."""
+        """Leaves the process group, and those that Megatron made of it."""
+        if groups := sys.modules.get("workers.engines.megatron.groups"):
+            groups._MADE.clear()
+            vars(groups.parallel_state).update(groups._NOTHING)
         dist.destroy_process_group()
         torch.set_num_threads(self._threads)
 
