@@ -126,12 +126,14 @@ def test_unknown_names() -> None:
         ("gone.py:f", "there is no file"),
         (
             f"{OWN}:sing",
-            "sing does not exist; functions there: a_list, greedy, infinite, less_value, needs_a_limit, sign",
+            "sing does not exist; functions there: a_list, greedy, infinite, less_value, needs_a_limit, odd, sign",
         ),
         (f"{OWN}:NUMBER", "NUMBER is not a function"),
         (f"{OWN}:", "not an import path; write package.module:function or path/to/file.py:function"),
         (":f", "not an import path"),
         (f"{OWN}:greedy", "its attribute `needs` names everything; it may name baseline, groups, logprobs"),
+        (f"{OWN}:odd", "its attribute `needs` is 5; give a set of baseline, groups"),
+        ("math:hypot", "no signature found for builtin <built-in function hypot>; write a function that calls it"),
     ],
 )
 def test_paths_that_lead_nowhere(path: str, complaint: str) -> None:
