@@ -83,6 +83,11 @@ def test_the_defaults_are_valid_and_quiet(base: list[str]) -> None:
             "set it to 0, or choose another estimator",
         ),
         (
+            [*GRPO, f"{ROLLOUT}.n=64", "algorithm.use_kl_in_reward=true", "algorithm.kl_ctrl.type=adaptive"],
+            "algorithm.kl_ctrl.horizon=10000: with the 65536 responses of a step",
+            "set it above 13107, e.g. to 65536",
+        ),
+        (
             ["algorithm.filter_groups.enable=true"],
             f"algorithm.filter_groups.enable=true: compares the responses to one prompt, and {ROLLOUT}.n=1",
             f"set {ROLLOUT}.n=8",
