@@ -86,6 +86,7 @@ def test_what_divides_is_fine(parallel: ParallelSpec) -> None:
         (qwen2(use_sliding_window=True), ParallelSpec(), ["does not support qwen2 with use_sliding_window=True"]),
         (LlamaConfig(**SIZES, mlp_bias=True), ParallelSpec(), ["does not support llama with mlp_bias=True"]),
         (qwen2(hidden_act="gelu"), ParallelSpec(), ["does not support qwen2 with hidden_act='gelu'"]),
+        (qwen2(quantization_config={"quant_method": "fp8"}), ParallelSpec(), ["does not read quantized weights"]),
         (qwen2(), ParallelSpec(tensor=4), ["tensor_model_parallel_size=4 does not divide the model's num_key_value"]),
         (qwen2(), ParallelSpec(tensor=3), ["num_attention_heads=4", "num_key_value_heads=2", "intermediate_size=40"]),
         (qwen2(), ParallelSpec(pipeline=4), ["pipeline_model_parallel_size=4 times"]),

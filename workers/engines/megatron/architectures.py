@@ -241,6 +241,8 @@ def _unsupported(hf: Any) -> Iterator[str]:
         if (value := getattr(hf, name, known)) != known:
             remedy = "use another model" if hf.model_type in _MIXTURES else "use fsdp"
             yield f"strategy=megatron does not support {hf.model_type} with {name}={value!r}: {remedy}"
+    if getattr(hf, "quantization_config", None):  # its tensors mean nothing without their scales
+        yield "strategy=megatron does not read quantized weights, and the model's are: take it in bfloat16 or float32"
 
 
 def _indivisible(hf: Any, parallel: ParallelSpec) -> Iterator[str]:
