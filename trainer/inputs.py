@@ -18,6 +18,7 @@ from workers.engines.megatron.architectures import check
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+ACTOR = "actor_rollout_ref.actor"
 _FINGERPRINT = (
     "model_type",
     "hidden_size",
@@ -125,6 +126,7 @@ def check_engines(cfg: Config) -> None:
             continue
         for told in [*check(config, parallel_spec(role)), *_files_for_megatron(path)]:
             where = role.key if told.startswith("strategy") else role.engine_key
+            where = f"{ACTOR}.megatron" if told.startswith("sequence_parallel") else where  # holds for every role
             problems.setdefault(told, f"{where}.{told}")  # the reference's are the actor's, unless told otherwise
     raise_problems(list(problems.values()))
 

@@ -88,6 +88,16 @@ def test_experts_are_trained_by_megatron(tmp_path: Path) -> None:
         engines(tmp_path, QWEN3_MOE, f"{ACTOR}.strategy=fsdp")
 
 
+def test_a_key_that_holds_for_every_role_is_named_where_it_is(tmp_path: Path) -> None:
+    QWEN3_MOE.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    keys = [f"actor_rollout_ref.model.path={tmp_path}", "critic.strategy=megatron", "algorithm.adv_estimator=gae"]
+    cut = ["critic.megatron.tensor_model_parallel_size=2", f"{MEGATRON}.sequence_parallel=false"]
+    with pytest.raises(ValueError, match=rf"{MEGATRON}\.sequence_parallel=False") as error:
+        check_engines(load_config(["data.train_files=none", *keys, *cut, f"{ACTOR}.strategy=megatron"]))
+    assert "critic.megatron.sequence_parallel" not in str(error.value), "there is no such key"
+
+
 def test_megatron_reads_safetensors_only(tmp_path: Path) -> None:
     QWEN2.save_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
