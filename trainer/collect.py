@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from trainer.config.errors import UserError
 from trainer.data.order import PromptOrder
 from trainer.measure import Metrics
 from trainer.samples import Samples
@@ -39,7 +40,7 @@ class GroupFilter:
     def has_signal(self, samples: Samples) -> npt.NDArray[np.bool_]:
         """Of every row, whether the values of its group differ, [S].
 
-        Raises ValueError where the reward has no such part.
+        Raises UserError where the reward has no such part.
         """
         if not len(samples):
             return np.zeros(0, dtype=np.bool_)
@@ -55,7 +56,7 @@ class GroupFilter:
     def _part(samples: Samples, metric: str) -> FloatArray:
         if metric not in samples.parts:
             known = ", ".join(sorted(samples.parts)) or "none"
-            raise ValueError(
+            raise UserError(
                 f"algorithm.filter_groups.metric={metric}: the reward function gives no such part (it gives: {known}); "
                 "set it to one of these, or to null for the reward itself"
             )

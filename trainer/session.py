@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import checkpoint
+from trainer.config.errors import UserError
 from trainer.config.schema import Config
 from trainer.driver import Driver
 from trainer.inputs import Inputs
@@ -70,7 +71,7 @@ class Session:
         before = driver.state.state_dict()
         try:
             samples, metrics = driver.step()
-        except RewardErrorRate:  # nothing was trained yet: what was learned so far is kept, the step begins anew
+        except (RewardErrorRate, UserError):  # nothing was trained: what was learned is kept, the step begins anew
             driver.state.load_state_dict(before)
             self.save()
             raise

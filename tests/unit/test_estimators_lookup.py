@@ -18,6 +18,7 @@ from trainer.algorithms.advantages import estimator
 from trainer.algorithms.estimators import catalog
 from trainer.algorithms.kl import kl_controller
 from trainer.config.algorithms import estimator_problems
+from trainer.config.errors import UserError
 from trainer.config.load import load_config
 from trainer.config.notices import notices
 from trainer.samples import Samples
@@ -248,6 +249,19 @@ def test_the_trainer_fetches_what_is_needed_and_nothing_else() -> None:
         torch.tensor([-0.25, -0.25, 0.75, 0.75, 0.75, 0.75, -0.25]),
     )
     assert samples.fetch_column("returns").tolist() == [0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0]
+
+
+def test_rewards_that_an_estimator_cannot_use_are_the_users_to_mend() -> None:
+    """One message; what a function of one's own raises keeps its traceback."""
+    samples = make_samples()
+    with pytest.raises(UserError, match=r"adv_params\.weights\.style: the rewards have no such part"):
+        compute(samples, "gdpo", weights={"style": 1.0})
+    samples.rewards = samples.rewards - 1
+    with pytest.raises(UserError, match=r"adv_estimator=max_rl: 2 of 4 rewards are below 0"):
+        compute(samples, "max_rl")
+    with pytest.raises(ValueError, match="returned advantages list") as error:
+        compute(samples, "own_algorithms:a_list")
+    assert not isinstance(error.value, UserError)
 
 
 def test_a_critic_always_has_something_to_learn() -> None:
