@@ -92,6 +92,14 @@ def test_a_step_that_could_not_begin_leaves_those_before_it(error: Exception) ->
     assert session.saved == [{"step": 2, "position": 2}], "its prompts will be answered again"
 
 
+def test_a_validation_that_fails_does_not_take_the_training_with_it() -> None:
+    session = Recorded(Driver(None, RewardErrorRate("many failed")))
+    with pytest.raises(RewardErrorRate):
+        session.train()
+    assert session.lines == [1, 2, 3]
+    assert session.saved == [{"step": 3, "position": 3}]
+
+
 def test_a_run_that_ends_well_is_saved_once() -> None:
     session = Recorded(Driver(None, None))
     session.train()
