@@ -132,9 +132,18 @@ def check_engines(cfg: Config) -> None:
 
 
 def _files_for_megatron(path: str) -> Iterator[str]:
-    """What it cannot read: it takes slices of safetensors. (Of a hub name it fetches nothing else.)"""
+    """What it cannot read: it takes slices of safetensors, named as Hugging Face names them. (Of a hub name it fetches
+    nothing else.)"""
     directory = Path(absolute(path))
-    if directory.is_dir() and not any(directory.glob("*.safetensors")):
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        named = set(json.loads(index.read_text())["weight_map"].values())
+        if lacking := sorted(name for name in named if not (directory / name).is_file()):
+            yield (
+                f"strategy=megatron reads safetensors, and {path} lacks {len(lacking)} of the {len(named)} files that "
+                f"its index names ({lacking[0]}): fetch or save the model again"
+            )
+    elif directory.is_dir() and not (directory / "model.safetensors").is_file():
         yield f"strategy=megatron reads safetensors, and {path} has none: save the model as such, or use fsdp"
 
 

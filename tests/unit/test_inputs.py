@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,22 @@ def test_megatron_reads_safetensors_only(tmp_path: Path) -> None:
     keys = [f"actor_rollout_ref.model.path={tmp_path}", "critic.strategy=megatron"]
     with pytest.raises(ValueError, match=rf"^critic\.strategy=megatron reads safetensors, and {tmp_path} has none"):
         check_engines(load_config(["data.train_files=none", *keys]))
+
+
+def test_megatron_reads_the_files_that_hugging_face_names(tmp_path: Path) -> None:
+    QWEN2.save_pretrained(tmp_path)
+    keys = [f"actor_rollout_ref.model.path={tmp_path}", "critic.strategy=megatron", "data.train_files=none"]
+    (tmp_path / "consolidated.safetensors").touch()
+    with pytest.raises(ValueError, match=r"reads safetensors, and .* has none"):
+        check_engines(load_config(keys))
+    files = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    index = {"weight_map": {"a": files[0], "b": files[1]}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / files[0]).touch()
+    with pytest.raises(ValueError, match=rf"lacks 1 of the 2 files that its index names \({files[1]}\)"):
+        check_engines(load_config(keys))
+    (tmp_path / files[1]).touch()
+    check_engines(load_config(keys))
 
 
 def test_each_role_is_asked_about_its_own_model(tmp_path: Path) -> None:
