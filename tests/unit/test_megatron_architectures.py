@@ -89,6 +89,11 @@ def test_what_divides_is_fine(parallel: ParallelSpec) -> None:
         (qwen2(quantization_config={"quant_method": "fp8"}), ParallelSpec(), ["does not read quantized weights"]),
         (qwen2(), ParallelSpec(tensor=4), ["tensor_model_parallel_size=4 does not divide the model's num_key_value"]),
         (qwen2(), ParallelSpec(tensor=3), ["num_attention_heads=4", "num_key_value_heads=2", "intermediate_size=40"]),
+        (
+            LlamaConfig(**SIZES | {"vocab_size": 5, "num_key_value_heads": 4}),
+            ParallelSpec(tensor=4),
+            ["the last device would get nothing of the model's vocab_size=5"],
+        ),
         (qwen2(), ParallelSpec(pipeline=4), ["pipeline_model_parallel_size=4 times"]),
         (qwen2(), ParallelSpec(pipeline=2, virtual_pipeline=2), ["does not divide the model's num_hidden_layers=6"]),
         (qwen2(), ParallelSpec(virtual_pipeline=2), ["pipeline_model_parallel_size=1 too: set it to null"]),
