@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,23 @@ def test_a_file_that_fails_is_told_and_may_be_mended(tmp_path: Path) -> None:
     assert not [name for name in sys.modules if name.startswith("tandem_custom_mine")]
     file.write_text("def f(x): return 1\n")
     assert custom.load(f"{file}:f", "k")(0) == 1
+
+
+def test_a_configuration_without_parameters_is_checked_without_torch() -> None:
+    code = (
+        "import sys; from trainer.config.load import load_config; from trainer.config.validate import validate\n"
+        f"cfg = load_config({[*BASE, 'algorithm.adv_estimator=grpo']!r})\n"
+        "try:\n    validate(cfg)\n"
+        "except ValueError as error:\n    print('rollout.n=1' in str(error), 'torch' in sys.modules)"
+    )
+    root = Path(__file__).parents[2]
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    assert result.stdout == "True False\n", result.stderr
+
+
+def test_a_built_in_estimator_has_a_default_for_each_parameter() -> None:
+    for name in EVERY:
+        estimator(name)  # raises for one that is missing
 
 
 def test_a_file_is_imported_once_and_two_of_one_name_are_two(tmp_path: Path) -> None:

@@ -35,9 +35,9 @@ def estimator_problems(cfg: Config) -> Iterator[str]:
 
 
 def _parameters(algorithm: AlgorithmConfig) -> Iterator[str]:
-    from trainer.algorithms.advantages import (
-        estimator,
-    )  # brings torch, which the rest of the configuration does without
+    if not algorithm.adv_params and not custom.is_path(algorithm.adv_estimator):
+        return  # those built in have a default for each; what follows imports torch
+    from trainer.algorithms.advantages import estimator
 
     try:
         chosen = estimator(algorithm.adv_estimator, algorithm.adv_params)
