@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.algorithms.advantages import AdvantageInput, estimator, explained_variance
+from trainer.algorithms.advantages import AdvantageInput, Estimator, estimator, explained_variance
+from trainer.algorithms.custom import is_path
 from trainer.algorithms.estimators.returns import reward_to_come
 from trainer.algorithms.kl import KLController, reward_penalty
+from trainer.config.errors import user_errors
 from trainer.config.schema import AlgorithmConfig
 from trainer.samples import Samples
 
@@ -24,9 +27,14 @@ class AdvantageComputer:
     def compute(self, samples: Samples, kl: KLController) -> tuple[Tensor, dict[str, float]]:
         """Returns the advantages [total response tokens] and metrics; moves the KL controller on.
 
-        Raises ValueError for rewards that are not finite or that the estimator cannot use.
+        Raises UserError for rewards that are not finite or that the estimator cannot use; what one's own estimator
+        raises stays as it is, with its traceback.
         """
         chosen = estimator(self.algorithm.adv_estimator, self.algorithm.adv_params)
+        with nullcontext() if is_path(chosen.name) else user_errors():
+            return self._compute(chosen, samples, kl)
+
+    def _compute(self, chosen: Estimator, samples: Samples, kl: KLController) -> tuple[Tensor, dict[str, float]]:
         lengths = torch.from_numpy(samples.meta.response_length.astype(np.int64))
         mask = samples.fetch_loss_mask()
         loss_mask = None if mask is None else torch.from_numpy(mask)

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from trainer.config.errors import UserError
 from trainer.data.order import PromptOrder
 from trainer.measure import Metrics
 from trainer.samples import Samples
-from trainer.scoring import drop_failed
+from trainer.scoring import Scored, drop_failed
 from trainer.sources import SyncSource, greedy
 from trainer.tracking.phases import Phases
 from workers.protocol import FloatArray, Prompt
@@ -39,8 +40,10 @@ class GroupFilter:
     def has_signal(self, samples: Samples) -> npt.NDArray[np.bool_]:
         """Of every row, whether the values of its group differ, [S].
 
-        Raises ValueError where the reward has no such part.
+        Raises UserError where the reward has no such part.
         """
+        if not len(samples):
+            return np.zeros(0, dtype=np.bool_)
         values = samples.rewards if self.metric is None else self._part(samples, self.metric)
         member = np.unique(samples.meta.group, return_inverse=True)[1]
         low = np.full(int(member.max(initial=-1)) + 1, np.inf, dtype=np.float32)
@@ -53,7 +56,7 @@ class GroupFilter:
     def _part(samples: Samples, metric: str) -> FloatArray:
         if metric not in samples.parts:
             known = ", ".join(sorted(samples.parts)) or "none"
-            raise ValueError(
+            raise UserError(
                 f"algorithm.filter_groups.metric={metric}: the reward function gives no such part (it gives: {known}); "
                 "set it to one of these, or to null for the reward itself"
             )
@@ -98,20 +101,29 @@ class Collector:
         Raises what `SyncSource.generate`, `drop_failed` and `GroupFilter.has_signal` raise.
         """
         if self.groups is None:
-            samples, metrics = self._generate(order, step, [], self.batch_size, sleep=not self.greedy_baseline)
+            sleep = not self.greedy_baseline
+            samples, scored = self._generate(order, step, [], self.batch_size, Scored(), sleep=sleep)
+            metrics: Metrics = {}
         else:
-            samples, metrics = self._with_signal(self.groups, order, step)
+            samples, scored, metrics = self._with_signal(self.groups, order, step)
         if self.greedy_baseline:
-            samples, failed = self._with_baseline(samples, step)
-            metrics["reward/errors"] += failed
+            samples, scored = self._with_baseline(samples, step, scored)
         with self.phases("generate"):
             self.source.sleep()
+        metrics |= {"reward/errors": float(scored.failed), "reward/error_rate": scored.failed / max(1, scored.asked)}
         return samples, metrics | self._punish_length(samples)
 
     def _generate(
-        self, order: PromptOrder, step: int, before: Sequence[Samples], num_prompts: int, *, sleep: bool = False
-    ) -> tuple[Samples, Metrics]:
-        """Responses to the next prompts. before: what this step has generated already."""
+        self,
+        order: PromptOrder,
+        step: int,
+        before: Sequence[Samples],
+        num_prompts: int,
+        scored: Scored,
+        *,
+        sleep: bool = False,
+    ) -> tuple[Samples, Scored]:
+        """Responses to the next prompts, and `scored` with them. before: what this step has generated already."""
         number = len(before)
         prompts = [self.prompts[row] for row in order.next_batch(num_prompts)]
         samples = self.source.generate(
@@ -122,30 +134,31 @@ class Collector:
             sleep=sleep,
             first_group=sum(len(s.prompts) for s in before),
         )
-        return drop_failed(samples, max_error_rate=self.max_error_rate)
+        return self._known(samples, scored)
 
-    def _with_signal(self, groups: GroupFilter, order: PromptOrder, step: int) -> tuple[Samples, Metrics]:
+    def _known(self, samples: Samples, scored: Scored) -> tuple[Samples, Scored]:
+        """The samples whose reward is known. scored: what the step scored before; the share that failed is a step's."""
+        known, counted = drop_failed(samples, max_error_rate=self.max_error_rate, before=scored)
+        return known, Scored(scored.asked + len(samples), scored.failed + int(counted["reward/errors"]))
+
+    def _with_signal(self, groups: GroupFilter, order: PromptOrder, step: int) -> tuple[Samples, Scored, Metrics]:
         """As many groups whose rewards differ as a batch has, from as many rounds as are needed and allowed."""
         rounds: list[Samples] = []
-        errors: list[Metrics] = []
-        found = 0
+        scored, found = Scored(), 0
         while found < self.batch_size and len(rounds) < groups.max_rounds:
-            samples, counted = self._generate(order, step, rounds, self._ask_for(found, rounds))
+            samples, scored = self._generate(order, step, rounds, self._ask_for(found, rounds), scored)
             found += len(np.unique(samples.meta.group[groups.has_signal(samples)]))
             rounds.append(samples)
-            errors.append(counted)
         samples = Samples.concat(f"train-{step}", rounds)
         has_signal = groups.has_signal(samples)
         chosen = _first_groups(samples.meta.group, has_signal, self.batch_size)
-        failed, asked = sum(e["reward/errors"] for e in errors), len(samples) + sum(e["reward/errors"] for e in errors)
-        return samples.take(chosen), {
-            "reward/errors": failed,
-            "reward/error_rate": failed / max(1.0, asked),
+        metrics = {
             "filter_groups/rounds": float(len(rounds)),
             "filter_groups/generated": float(len(samples.prompts)),
             "filter_groups/without_signal": float(len(np.unique(samples.meta.group[~has_signal]))),
             "filter_groups/filled_up": float(len(np.unique(samples.meta.group[chosen][~has_signal[chosen]]))),
         }
+        return samples.take(chosen), scored, metrics
 
     def _ask_for(self, found: int, rounds: Sequence[Samples]) -> int:
         """Prompts of the next round: as many as will do if the share with signal stays, at most a whole batch."""
@@ -153,17 +166,17 @@ class Collector:
         missing = self.batch_size - found
         return min(self.batch_size, -(-missing * tried // found) if found else self.batch_size)
 
-    def _with_baseline(self, samples: Samples, step: int) -> tuple[Samples, float]:
-        """With the greedy responses' rewards, without rows whose greedy response has none; and how many those were."""
+    def _with_baseline(self, samples: Samples, step: int, scored: Scored) -> tuple[Samples, Scored]:
+        """With the greedy responses' rewards, without rows whose greedy response has none; and `scored` with them."""
         groups, member = np.unique(samples.meta.group, return_inverse=True)
         prompts = [samples.prompts[int(group)] for group in groups]
         sampling = replace(greedy(self.sampling), logprobs="none")
         answers = self.source.generate(f"{samples.key}-greedy", prompts, sampling, seed=(BASELINE, step), sleep=True)
-        known, counted = drop_failed(answers, max_error_rate=self.max_error_rate)
+        known, scored = self._known(answers, scored if not all(answers.errors) else Scored())  # all failed: an error
         rewards = np.full(len(groups), np.nan, dtype=np.float32)
         rewards[known.meta.group] = known.rewards
         samples.baseline = rewards[member]
-        return samples.take(np.flatnonzero(~np.isnan(samples.baseline))), counted["reward/errors"]
+        return samples.take(np.flatnonzero(~np.isnan(samples.baseline))), scored
 
     def _punish_length(self, samples: Samples) -> Metrics:
         """Adds the length penalty to the rewards, once all that compares rewards as they were given is done."""

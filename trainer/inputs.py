@@ -18,6 +18,7 @@ from workers.engines.megatron.architectures import check
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+ACTOR = "actor_rollout_ref.actor"
 _FINGERPRINT = (
     "model_type",
     "hidden_size",
@@ -125,14 +126,24 @@ def check_engines(cfg: Config) -> None:
             continue
         for told in [*check(config, parallel_spec(role)), *_files_for_megatron(path)]:
             where = role.key if told.startswith("strategy") else role.engine_key
+            where = f"{ACTOR}.megatron" if told.startswith("sequence_parallel") else where  # holds for every role
             problems.setdefault(told, f"{where}.{told}")  # the reference's are the actor's, unless told otherwise
     raise_problems(list(problems.values()))
 
 
 def _files_for_megatron(path: str) -> Iterator[str]:
-    """What it cannot read: it takes slices of safetensors. (Of a hub name it fetches nothing else.)"""
+    """What it cannot read: it takes slices of safetensors, named as Hugging Face names them. (Of a hub name it fetches
+    nothing else.)"""
     directory = Path(absolute(path))
-    if directory.is_dir() and not any(directory.glob("*.safetensors")):
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        named = set(json.loads(index.read_text())["weight_map"].values())
+        if lacking := sorted(name for name in named if not (directory / name).is_file()):
+            yield (
+                f"strategy=megatron reads safetensors, and {path} lacks {len(lacking)} of the {len(named)} files that "
+                f"its index names ({lacking[0]}): fetch or save the model again"
+            )
+    elif directory.is_dir() and not (directory / "model.safetensors").is_file():
         yield f"strategy=megatron reads safetensors, and {path} has none: save the model as such, or use fsdp"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import checkpoint
+from trainer.config.errors import UserError
 from trainer.config.schema import Config
 from trainer.driver import Driver
 from trainer.inputs import Inputs
@@ -70,21 +71,30 @@ class Session:
         before = driver.state.state_dict()
         try:
             samples, metrics = driver.step()
-        except RewardErrorRate:  # nothing was trained yet: what was learned so far is kept, the step begins anew
+        except (RewardErrorRate, UserError):  # nothing was trained: what was learned is kept, the step begins anew
             driver.state.load_state_dict(before)
             self.save()
             raise
-        validated: Samples | None = None
-        if driver.is_validation_due():
-            measured, validated = driver.validate()
-            metrics |= measured
+        measured, validated, failed = self._validate()
+        metrics |= measured
         metrics |= driver.source.take_metrics() | self._throughput(samples) | self._position()
         self._record(metrics | self.phases.metrics(), samples)
         if validated is not None:
             self.tracker.completions(driver.state.step, self._val_rows(validated))
         self.phases.step(driver.state.step + 1)
-        if driver.is_checkpoint_due():
+        if driver.is_checkpoint_due() or failed is not None:
             self.save()  # after the line is written: a kill in between repeats the step, and never loses it
+        if failed is not None:
+            raise failed
+
+    def _validate(self) -> tuple[Metrics, Samples | None, RewardErrorRate | None]:
+        """What the validation that is due says; an error that ends the run, but not before the step has been kept."""
+        if not self.driver.is_validation_due():
+            return {}, None, None
+        try:
+            return *self.driver.validate(), None
+        except RewardErrorRate as error:
+            return {}, None, error
 
     def save(self) -> Path:
         """Writes a checkpoint of now."""

@@ -33,6 +33,13 @@ def greedy(x: AdvantageInput) -> Tensor:
 greedy.needs = "everything"  # type: ignore[attr-defined]
 
 
+def odd(x: AdvantageInput) -> Tensor:
+    return torch.zeros(0)
+
+
+odd.needs = 5  # type: ignore[attr-defined]
+
+
 def infinite(x: AdvantageInput) -> Tensor:
     return torch.full((int(x.lengths.sum()),), float("inf"))
 

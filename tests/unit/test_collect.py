@@ -143,6 +143,38 @@ def test_failed_rewards_are_no_signal_and_are_counted() -> None:
         collect(Recorded(rewards), groups=GroupFilter(None, 10), max_error_rate=0.1)
 
 
+def test_the_share_of_failed_rewards_is_a_steps_not_a_calls() -> None:
+    def rewards(index: int) -> list[float]:
+        return [float("nan")] * 2 if index == 8 else [1.0, 0.0] if index != 0 else [1.0, 1.0]
+
+    source = Recorded(rewards)
+    samples, metrics = collect(source, batch_size=8, groups=GroupFilter(None, 10), max_error_rate=0.12)
+    assert [len(rows) for rows, _ in source.calls] == [8, 2] and indices(samples)[::2] == [1, 2, 3, 4, 5, 6, 7, 9]
+    assert (metrics["reward/errors"], metrics["reward/error_rate"]) == (2, 0.1), "of the second call it is a half"
+
+
+def test_a_call_whose_rewards_all_failed_is_followed_by_another() -> None:
+    def rewards(index: int) -> list[float]:
+        return [float("nan")] * 2 if index in (8, 9) else [1.0, 0.0] if index != 0 else [1.0, 1.0]
+
+    groups = GroupFilter("acc", 10)
+    source = Recorded(rewards, parts=lambda index: [1.0, 1.0] if index == 0 else [1.0, 0.0])
+    samples, metrics = collect(source, batch_size=8, groups=groups, max_error_rate=0.25)
+    assert len(source.calls) == 3 and indices(samples)[-1] == 10 and metrics["reward/errors"] == 4
+    with pytest.raises(RewardErrorRate, match=r"4 of 20 rewards failed \(20.0%\)"):
+        collect(Recorded(rewards), batch_size=8, groups=GroupFilter(None, 10), max_error_rate=0.15)
+
+
+def test_a_failed_greedy_reward_counts_among_all_of_the_step() -> None:
+    source = Recorded(lambda index: [1.0, 0.0] if index or len(source.calls) == 1 else [float("nan")] * 2)
+    samples, metrics = collect(source, greedy_baseline=True, max_error_rate=0.2)
+    assert indices(samples) == [1, 1, 2, 2, 3, 3]
+    assert (metrics["reward/errors"], metrics["reward/error_rate"]) == (1, pytest.approx(1 / 12)), "not 1 of 4"
+    source = Recorded(lambda _: [1.0, 0.0] if len(source.calls) == 1 else [float("nan")] * 2)
+    with pytest.raises(RewardErrorRate, match="4 of 4 rewards failed"):
+        collect(source, greedy_baseline=True, max_error_rate=1.0)
+
+
 @pytest.mark.parametrize(("length", "penalty"), [(0, 0), (60, 0), (61, -0.05), (70, -0.5), (80, -1), (90, -1)])
 def test_overlong_punishment_is_the_papers(length: int, penalty: float) -> None:
     """Equation 13 of https://arxiv.org/abs/2503.14476 with L_max = 80 and L_cache = 20."""

@@ -73,6 +73,21 @@ def test_the_defaults_are_valid_and_quiet(base: list[str]) -> None:
             "e.g. 128, or to 0",
         ),
         (
+            ["reward.overlong_buffer.len=100", "algorithm.adv_estimator=max_rl", f"{ROLLOUT}.n=8"],
+            "reward.overlong_buffer.len=100: algorithm.adv_estimator=max_rl takes rewards for probabilities",
+            "set it to 0, or choose another estimator",
+        ),
+        (
+            ["reward.overlong_buffer.len=100", "algorithm.adv_estimator=gdpo", f"{ROLLOUT}.n=8"],
+            "reward.overlong_buffer.len=100: algorithm.adv_estimator=gdpo takes the parts of the rewards",
+            "set it to 0, or choose another estimator",
+        ),
+        (
+            [*GRPO, f"{ROLLOUT}.n=64", "algorithm.use_kl_in_reward=true", "algorithm.kl_ctrl.type=adaptive"],
+            "algorithm.kl_ctrl.horizon=10000: with the 65536 responses of a step",
+            "set it above 13107, e.g. to 65536",
+        ),
+        (
             ["algorithm.filter_groups.enable=true"],
             f"algorithm.filter_groups.enable=true: compares the responses to one prompt, and {ROLLOUT}.n=1",
             f"set {ROLLOUT}.n=8",

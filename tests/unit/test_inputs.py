@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -88,12 +89,38 @@ def test_experts_are_trained_by_megatron(tmp_path: Path) -> None:
         engines(tmp_path, QWEN3_MOE, f"{ACTOR}.strategy=fsdp")
 
 
+def test_a_key_that_holds_for_every_role_is_named_where_it_is(tmp_path: Path) -> None:
+    QWEN3_MOE.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    keys = [f"actor_rollout_ref.model.path={tmp_path}", "critic.strategy=megatron", "algorithm.adv_estimator=gae"]
+    cut = ["critic.megatron.tensor_model_parallel_size=2", f"{MEGATRON}.sequence_parallel=false"]
+    with pytest.raises(ValueError, match=rf"{MEGATRON}\.sequence_parallel=False") as error:
+        check_engines(load_config(["data.train_files=none", *keys, *cut, f"{ACTOR}.strategy=megatron"]))
+    assert "critic.megatron.sequence_parallel" not in str(error.value), "there is no such key"
+
+
 def test_megatron_reads_safetensors_only(tmp_path: Path) -> None:
     QWEN2.save_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
     keys = [f"actor_rollout_ref.model.path={tmp_path}", "critic.strategy=megatron"]
     with pytest.raises(ValueError, match=rf"^critic\.strategy=megatron reads safetensors, and {tmp_path} has none"):
         check_engines(load_config(["data.train_files=none", *keys]))
+
+
+def test_megatron_reads_the_files_that_hugging_face_names(tmp_path: Path) -> None:
+    QWEN2.save_pretrained(tmp_path)
+    keys = [f"actor_rollout_ref.model.path={tmp_path}", "critic.strategy=megatron", "data.train_files=none"]
+    (tmp_path / "consolidated.safetensors").touch()
+    with pytest.raises(ValueError, match=r"reads safetensors, and .* has none"):
+        check_engines(load_config(keys))
+    files = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    index = {"weight_map": {"a": files[0], "b": files[1]}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / files[0]).touch()
+    with pytest.raises(ValueError, match=rf"lacks 1 of the 2 files that its index names \({files[1]}\)"):
+        check_engines(load_config(keys))
+    (tmp_path / files[1]).touch()
+    check_engines(load_config(keys))
 
 
 def test_each_role_is_asked_about_its_own_model(tmp_path: Path) -> None:

@@ -409,4 +409,7 @@ def test_kl_controllers() -> None:
     fixed = kl.kl_controller(cfg.model_copy(update={"type": "fixed"}))
     fixed.update(current_kl=100.0, num_sequences=100)
     fixed.load_state_dict(fixed.state_dict())
+    resumed = kl.kl_controller(cfg)
+    resumed.load_state_dict(fixed.state_dict())
+    assert resumed.coef == 0.1, "adaptive from now on"
     assert fixed.coef == 0.1

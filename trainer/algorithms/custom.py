@@ -52,11 +52,15 @@ def check_params(
 ) -> None:
     """Raises ValueError, listing the known names, unless every parameter is one of the function's keyword arguments.
 
-    Nor may one be missing, or be something else than true or false where the default is that.
+    Nor may one be missing, or be something else than true or false where the default is that, nor may the function
+    hide its arguments, as some built into Python do.
     key: the configuration key of the parameters. owner: what they belong to, e.g. "algorithm.adv_estimator=gae".
     taken: arguments that do not come from there. A function with ** arguments takes any name.
     """
-    arguments = [p for p in inspect.signature(function).parameters.values()][1:]
+    try:
+        arguments = [p for p in inspect.signature(function).parameters.values()][1:]
+    except ValueError as error:
+        raise ValueError(f"{owner}: {error}; write a function that calls it") from error
     if any(p.kind is p.VAR_KEYWORD for p in arguments):
         return
     known = [p for p in arguments if p.name not in taken and p.kind is not p.VAR_POSITIONAL]

@@ -141,8 +141,8 @@ class AdaptiveKL:
         return {"coef": self.coef}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Takes the weight."""
-        self.coef = state["coef"]
+        """Takes the weight; a run whose weight was fixed until now begins with its own."""
+        self.coef = state.get("coef", self.coef)
 
 
 def kl_controller(cfg: KlCtrlConfig) -> KLController:

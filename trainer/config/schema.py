@@ -50,7 +50,6 @@ def _sleep_level(value: object) -> object:
 
 
 Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 MinusOneOrPositive = Annotated[int, AfterValidator(_minus_one_or_positive)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -322,7 +321,7 @@ class CustomRewardFunctionConfig(Section):
 class OverlongConfig(Section):
     """`reward.overlong_buffer`: DAPO's length penalty."""
 
-    len: NotNegative
+    len: NonNegative
     penalty_factor: PositiveFloat
 
 

@@ -210,6 +210,13 @@ def _algorithm(cfg: Config) -> Iterator[str]:
             f"{ROLLOUT}.temperature=0.0: greedy responses leave nothing to explore, and log-probs are divided by it; "
             f"set it above 0, e.g. 1.0 ({ROLLOUT}.val_kwargs.temperature may be 0)"
         )
+    control, responses = cfg.algorithm.kl_ctrl, cfg.data.train_batch_size * rollout.n
+    if cfg.algorithm.use_kl_in_reward and control.type == "adaptive" and responses >= 5 * control.horizon:
+        yield (  # it loses up to 0.2 * responses / horizon of itself in a step
+            f"algorithm.kl_ctrl.horizon={control.horizon}: with the {responses} responses of a step (data."
+            f"train_batch_size x {ROLLOUT}.n) one step could turn the coefficient's sign and reward the KL; set it "
+            f"above {responses // 5}, e.g. to {responses}"
+        )
     if cfg.trainer.critic_warmup and not cfg.use_critic:
         yield (
             f"trainer.critic_warmup={cfg.trainer.critic_warmup}: there is no critic to warm up; "

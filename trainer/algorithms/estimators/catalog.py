@@ -79,7 +79,7 @@ def entry(name: str) -> Entry:
             f"{KEY}={name!r} is unknown; choose one of {', '.join(sorted(ESTIMATORS))}, or give your own function as "
             f"{custom.FORMS}"
         )
-    return Entry(name, _own_needs(name, vars(custom.load(name, KEY)).get("needs", ())))
+    return Entry(name, _own_needs(name, getattr(custom.load(name, KEY), "needs", ())))
 
 
 def needs(name: str) -> frozenset[str]:
@@ -91,6 +91,8 @@ def needs(name: str) -> frozenset[str]:
 
 
 def _own_needs(name: str, wanted: Any) -> frozenset[str]:
+    if not isinstance(wanted, str | Collection):
+        raise ValueError(f"{KEY}={name}: its attribute `needs` is {wanted!r}; give a set of {', '.join(sorted(NEEDS))}")
     found = frozenset([wanted] if isinstance(wanted, str) else wanted)
     if found - NEEDS:
         raise ValueError(

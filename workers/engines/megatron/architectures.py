@@ -241,14 +241,18 @@ def _unsupported(hf: Any) -> Iterator[str]:
         if (value := getattr(hf, name, known)) != known:
             remedy = "use another model" if hf.model_type in _MIXTURES else "use fsdp"
             yield f"strategy=megatron does not support {hf.model_type} with {name}={value!r}: {remedy}"
+    if getattr(hf, "quantization_config", None):  # its tensors mean nothing without their scales
+        yield "strategy=megatron does not read quantized weights, and the model's are: take it in bfloat16 or float32"
 
 
 def _indivisible(hf: Any, parallel: ParallelSpec) -> Iterator[str]:
-    """The vocabulary is not among them: it is filled up to what divides."""
+    """The vocabulary is filled up to what divides, but each device needs a token of it."""
     tensor = "tensor_model_parallel_size"
     for name in ("num_attention_heads", "num_key_value_heads", *_widths(hf)):
         if (value := getattr(hf, name)) % parallel.tensor:
             yield f"{tensor}={parallel.tensor} does not divide the model's {name}={value}"
+    if -(-hf.vocab_size // parallel.tensor) * (parallel.tensor - 1) >= hf.vocab_size:
+        yield f"{tensor}={parallel.tensor}: the last device would get nothing of the model's vocab_size={hf.vocab_size}"
     virtual = parallel.virtual_pipeline
     if virtual is not None and (virtual < 2 or parallel.pipeline < 2):
         yield (

@@ -19,12 +19,14 @@ from workers.engines.recompute import LayerBytes, Recompute, free_bytes
 
 
 class Room:
-    """Plans for one engine. layers: of this rank. state_bytes: of gradients and optimizer state still to be made."""
+    """Plans for one engine, made while its groups are in place. layers: of this rank."""
 
     def __init__(
         self, hf: PreTrainedConfig, spec: EngineSpec, device: torch.device, layers: Sequence[nn.Module]
     ) -> None:
         self._hf, self._spec, self._device = hf, spec, device
+        # asked once: later on the groups in place may be another engine's
+        self._has_logits = spec.head == "logprobs" and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         itemsize: int = getattr(torch, spec.sharding.dtype).itemsize
         per_token = itemsize * max(self._row_size(layer) for layer in layers)
         setting = spec.gradient_checkpointing if spec.optimizer else False
@@ -90,7 +92,7 @@ class Room:
 
     def _logits_bytes(self) -> int:
         """What log-probs take: chunks of logits, and the gradient of the output layer."""
-        if self._spec.head != "logprobs" or not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+        if not self._has_logits:
             return 0
         weight: int = self._hf.vocab_size * self._hf.hidden_size // self._spec.parallel.tensor
         return 3 * CHUNK_BYTES[self._device.type] + 6 * weight
