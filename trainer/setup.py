@@ -190,6 +190,7 @@ def _driver(
             old_logprobs=wants_old_logprobs(loss, sizes.actor_updates_per_step)
             or cfg.algorithm.use_kl_in_reward
             or _estimator(cfg).needs_logprobs,
+            sum_pi_squared=_estimator(cfg).needs_sum_pi_squared,
         ),
         phases=phases,
     )
