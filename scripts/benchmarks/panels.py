@@ -72,9 +72,9 @@ def _panel(frame: Frame, curve: Curve, number: int, first: Curve | None) -> str:
     row, column = divmod(number, _COLUMNS)
     band = curve.points(curve.high) + curve.points(curve.low)[::-1]
     parts = [f'<g transform="translate({_EDGE + column * _WIDTH} {_TOP + row * _HEIGHT})">', *_axes(frame)]
-    parts.append(f'<text x="{frame.left:g}" y="14" class="name">{escape(curve.name)}</text>')
-    end = frame.width - frame.right
-    parts.append(f'<text x="{end:g}" y="14" text-anchor="end" class="value">{score(curve.mean[-1])}</text>')
+    parts.append(f'<text x="10" y="14" class="name">{escape(curve.name)}</text>')
+    end, floor = frame.width - frame.right, frame.height - frame.bottom - 7  # where a curve that rises is not
+    parts.append(f'<text x="{end:g}" y="{floor:g}" text-anchor="end" class="value">{score(curve.mean[-1])}</text>')
     if len(curve.steps) > 1:
         parts.append(f'<path d="{path(frame, band)}Z" class="band"/>')
         if first is not None and len(first.steps) > 1:
