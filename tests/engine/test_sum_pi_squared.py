@@ -68,7 +68,7 @@ def formula(path: Path) -> list[FloatArray]:
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
-def test_every_engine_computes_the_formula(
+def test_fsdp_and_megatron_compute_the_formula(
     way: Way, model_path: Callable[[str, bool], Path], request: pytest.FixtureRequest
 ) -> None:
     path = model_path("qwen3", False)
