@@ -22,3 +22,15 @@ def compute_score(
     extra_info: the row's extra_info column; not used.
     """
     return float(solution_str == ground_truth)
+
+
+def compute_parts(
+    data_source: str, solution_str: str, ground_truth: str, extra_info: dict[str, Any] | None = None
+) -> dict[str, float]:
+    """The same reward under `score`, and its parts: `right`, the same again, and `near`, the share of right characters.
+
+    Parts are logged (reward/part/<name>), and are what algorithm.adv_estimator=gdpo learns from.
+    """
+    right = float(solution_str == ground_truth)
+    same = sum(a == b for a, b in zip(solution_str, ground_truth, strict=False))
+    return {"score": right, "right": right, "near": same / max(len(solution_str), len(ground_truth))}

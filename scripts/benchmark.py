@@ -5,6 +5,7 @@
     python scripts/benchmark.py logprobs --check            # memory of log-probs over a large vocabulary: 1 minute
     python scripts/benchmark.py w1                          # real scale on one GPU; w1 --help tells its parts
     python scripts/benchmark.py quickstart-seeds --svg docs/images/learning_curve.svg    # three seeds
+    python scripts/benchmark.py algorithms --estimators all --svg docs/images/estimators.svg        # 39 runs
 
 Run it from the installed environment, on a machine with nothing else to do. Each subcommand starts the program as a
 user would, in a fresh run directory, reads what the run wrote, and writes JSON (--out); --check ends with status 1
@@ -18,11 +19,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from benchmarks import logprobs, quickstart, rollout, seeds, w1
+from benchmarks import algorithms, logprobs, quickstart, rollout, seeds, w1
 from benchmarks.launch import RunFailed
 from subcommands import run_one
 
-COMMANDS = (quickstart.COMMAND, seeds.COMMAND, rollout.COMMAND, logprobs.COMMAND, w1.COMMAND)
+COMMANDS = (quickstart.COMMAND, seeds.COMMAND, algorithms.COMMAND, rollout.COMMAND, logprobs.COMMAND, w1.COMMAND)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

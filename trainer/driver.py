@@ -25,13 +25,17 @@ from workers.sync.sync import WeightSync
 
 @dataclass(frozen=True, slots=True)
 class Cadence:
-    """When things happen, in steps. old_logprobs: whether anything needs the log-probs of before the first update."""
+    """When things happen, in steps; and what is asked of the actor before its first update.
+
+    old_logprobs, sum_pi_squared: whether anything needs its log-probs, the sums of its squared probabilities.
+    """
 
     total_steps: int
     test_freq: int
     save_freq: int
     critic_warmup: int
     old_logprobs: bool
+    sum_pi_squared: bool
 
 
 @dataclass(slots=True)
@@ -60,6 +64,8 @@ class Driver:
             self.critic.annotate(samples, "values", step=step)
             if self.cadence.old_logprobs:
                 self.actor.annotate(samples, "old_logprobs", step=step)
+            if self.cadence.sum_pi_squared:
+                self.actor.annotate(samples, "sum_pi_squared", step=step)
             advantages, measured = self.advantages.compute(samples, self.state.kl)
             self.loss_columns.compute(samples, advantages, step=step)
         with self.phases("update"):

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from trainer.algorithms.aggregation import normalizers
 from trainer.batching import Limits, MiniBatch, plan_batch, plan_forward, to_local
 from trainer.samples import Samples
-from workers.engines.base import Loss, ParallelSpec, StepResult, Update
+from workers.engines.base import Loss, Output, ParallelSpec, StepResult, Update
 from workers.group import WorkerGroup
 from workers.train_worker import Column, TrainWorker
 
@@ -63,7 +63,8 @@ class Role(Protocol):
     """A training-side role."""
 
     def annotate(self, samples: Samples, column: str, *, step: int) -> None:
-        """Adds what the model says of the response tokens (log-probs or values) as a column."""
+        """Adds what the model says of the response tokens as a column: log-probs or values; the sum of the squared
+        probabilities under the name `sum_pi_squared`."""
 
     def update(self, samples: Samples, *, step: int) -> UpdateReport | None:
         """Trains on the batch."""
@@ -124,6 +125,7 @@ class TrainRole:
 
     def annotate(self, samples: Samples, column: str, *, step: int) -> None:
         """One forward pass; the values stay on the training side, as references."""
+        output: Output = "sum_pi_squared" if column == "sum_pi_squared" else "outputs"
         ranks = self._rank_of(samples, step)
         plan = plan_forward(
             samples.meta.prompt_length,
@@ -137,7 +139,8 @@ class TrainRole:
         shares = [np.flatnonzero(ranks == r) for r in range(self._num_shares)]
         batches = [samples.rank_batch(rows, self._num_shares) for rows in shares]
         arguments = [
-            (self.name, batches[r], (), to_local(plan.ranks[r], shares[r]), self._temperature) for r in self._share_of
+            (self.name, batches[r], (), to_local(plan.ranks[r], shares[r]), self._temperature, output)
+            for r in self._share_of
         ]
         call, payloads = self.group.scatter_with_payload(TrainWorker.forward, arguments)
         holds = call.result(self._timeout_s)

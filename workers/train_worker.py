@@ -23,7 +23,7 @@ from workers.protocol import RolloutBlock, split
 
 if TYPE_CHECKING:
     from workers.batch import Batch
-    from workers.engines.base import EngineSpec, Loss, MicroBatches, StepResult, TrainEngine, Update
+    from workers.engines.base import EngineSpec, Loss, MicroBatches, Output, StepResult, TrainEngine, Update
     from workers.engines.build import Prepared
     from workers.memory import DeviceMemory, MemoryReport
     from workers.settings import Auto
@@ -175,11 +175,13 @@ class TrainWorker:
         columns: Sequence[Column],
         micro_batches: MicroBatches,
         temperature: float,
+        output: Output = "outputs",
     ) -> tuple[bool, FlatArray]:
-        """Log-probs or values of this rank's response tokens: whether it holds them, and they for the object store."""
+        """Log-probs, values or `output` of this rank's response tokens: whether it holds them, and they for the object
+        store."""
         local, engine = self._batch(batch, columns), self._engines[role]
         with self._use("forward", role, "weights", wanted_bytes=engine.forward_wants(local, micro_batches)):
-            values = engine.forward(local, micro_batches, temperature=temperature).numpy()
+            values = engine.forward(local, micro_batches, temperature=temperature, output=output).numpy()
         return engine.holds_outputs, values if engine.holds_outputs else values[:0]
 
     def update(

@@ -50,6 +50,9 @@ QUICKSTART_SEEDS = (
     Floor("seconds_total", at_most=240.0),
 )
 
+# Any algorithm learns: from at most 40 % of held-out sums, every one gains at least this much in 40 steps.
+ALGORITHMS = (Floor("gain", at_least=0.1, min_steps=40),)
+
 # What driver, Ray, routing and conversion may cost of generation, with the smallest model we have and short responses;
 # any larger model makes the share smaller.
 ROLLOUT = (Floor("smallest_ratio", at_least=0.90),)

@@ -175,3 +175,15 @@ def test_reward_is_an_exact_match() -> None:
     assert reward.compute_score("addition", "46", "46") == 1.0
     for wrong in ("", "4", "46 ", "046", "46\x03", "32"):
         assert reward.compute_score("addition", wrong, "46", {"index": 1}) == 0.0
+
+
+def test_reward_in_parts_is_the_same_reward() -> None:
+    for answer in ("46", "", "4", "47", "461", "32"):
+        parts = reward.compute_parts("addition", answer, "46")
+        assert parts["score"] == parts["right"] == reward.compute_score("addition", answer, "46")
+    assert [reward.compute_parts("addition", answer, "46")["near"] for answer in ("46", "47", "32", "")] == [
+        1,
+        0.5,
+        0,
+        0,
+    ]

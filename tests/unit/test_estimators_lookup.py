@@ -52,8 +52,7 @@ def test_what_an_estimator_needs(name: str) -> None:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_plain_configuration_of_each_is_accepted(name: str) -> None:
-    unknown = "needs the sum of squared probabilities at each token, which no training engine computes yet"
-    assert unknown in problems(name) if "sum_pi_squared" in catalog.needs(name) else problems(name) == ""
+    assert problems(name) == ""
     cfg = load_config([*BASE, f"algorithm.adv_estimator={name}", f"{N}=4"])
     assert cfg.use_critic == (name == "gae")
 

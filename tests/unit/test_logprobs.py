@@ -1,4 +1,4 @@
-"""Chunked log-probs and entropies against log_softmax and autograd in float64."""
+"""Chunked log-probs, entropies and sums of squared probabilities against log_softmax and autograd in float64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from workers.engines.logprobs import token_logprobs
+from workers.engines.logprobs import sum_pi_squared, token_logprobs
 
 HIDDEN, VOCABULARY = 12, 29
 
@@ -125,3 +125,24 @@ def test_half_precision_weights_give_float32_logprobs(entropy: bool) -> None:
     torch.testing.assert_close(logprobs.double(), expected, rtol=0.02, atol=0.05)
     logprobs.sum().backward()
     assert all(t.grad is not None and t.grad.dtype == torch.bfloat16 for t in halves)
+
+
+@given(
+    rows=st.integers(0, 9),
+    chunk=st.sampled_from([1, 2, 3, 9, 100, None]),
+    temperature=st.sampled_from([0.6, 1.0, 1.7]),
+    size=st.sampled_from([1e-3, 1.0, 1e3]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_sum_of_squared_probabilities_is_the_formula(
+    rows: int, chunk: int | None, temperature: float, size: float, seed: int
+) -> None:
+    """From a uniform distribution (1 / VOCABULARY) to a certain one (1)."""
+    hidden, weight, _ = inputs(rows, seed)
+    hidden = hidden * size
+    found = sum_pi_squared(hidden.requires_grad_(), weight, temperature=temperature, chunk=chunk)
+    assert found.dtype == torch.float32 and found.shape == (rows,) and not found.requires_grad
+    logits = (hidden.detach() @ weight.t()).double() / temperature
+    expected = torch.stack([row.softmax(-1) @ row.softmax(-1) for row in logits]) if rows else torch.zeros(0)
+    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-4 if size > 1.0 else 2e-6, atol=0)

@@ -15,9 +15,9 @@ from trainer import samples as module
 from trainer.algorithms.losses import driver_columns
 from trainer.algorithms.policy.base import BatchInput
 from trainer.algorithms.thresholds import Correction
+from trainer.assembly import wants_old_logprobs
 from trainer.loss_columns import LossColumns
 from trainer.samples import Samples
-from trainer.setup import wants_old_logprobs
 from workers.protocol import RolloutBlock, Scores
 
 ADVANTAGES = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0, 2.0, -0.5, 1.5, -3.0])

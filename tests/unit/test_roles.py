@@ -128,6 +128,15 @@ def test_every_row_has_one_share_and_its_values_come_back_once(ranks: Ranks) -> 
     np.testing.assert_array_equal(samples.fetch_column("old_logprobs"), expected)
 
 
+@pytest.mark.parametrize(
+    ("column", "output"), [("old_logprobs", "outputs"), ("values", "outputs"), ("sum_pi_squared", "sum_pi_squared")]
+)
+def test_a_column_says_what_the_forward_pass_is_for(column: str, output: str) -> None:
+    ranks = Ranks(ParallelSpec(tensor=2), 4)
+    make_role(ranks).annotate(make_samples(), column, step=1)
+    assert [call[-1] for call in ranks.asked] == [output] * 4
+
+
 def test_ranks_of_one_share_make_the_same_updates(ranks: Ranks) -> None:
     samples = make_samples()
     role = make_role(ranks)

@@ -25,11 +25,6 @@ def estimator_problems(cfg: Config) -> Iterator[str]:
             f"{_N}=1: {KEY}={name} compares the responses to one prompt, and one alone has no baseline; set {_N}=8, "
             "for example"
         )
-    if "sum_pi_squared" in wanted:
-        yield (
-            f"{KEY}={name}: needs the sum of squared probabilities at each token, which no training engine computes "
-            f"yet; choose another, e.g. {KEY}=opo"
-        )
     if "values" in wanted and not cfg.use_critic:
         yield (f"critic.enable=false: {KEY}={name} needs the critic's values; set critic.enable=null, or {KEY}=grpo")
 

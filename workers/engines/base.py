@@ -21,6 +21,9 @@ from workers.settings import Auto
 from workers.sync.buckets import Shard
 
 Loss = Callable[[Tensor, Tensor | None, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
+Output = Literal["outputs", "sum_pi_squared"]
+"""What a forward pass is for: the head's own outputs; or, of a language model, the sum over the vocabulary of the
+squared probabilities at each response token, at the sampling temperature."""
 MicroBatches = Sequence[Sequence[int]]
 """Rows of a Batch, one sequence of rows per micro-batch; every rank has the same number of micro-batches."""
 
@@ -136,8 +139,11 @@ class TrainEngine(Protocol):
     parts: dict[str, Part]
     holds_outputs: bool
 
-    def forward(self, batch: Batch, micro_batches: MicroBatches, *, temperature: float) -> Tensor:
-        """Log-probs (or values) of all response tokens of the rows, float32 [batch.num_tokens], no gradient."""
+    def forward(
+        self, batch: Batch, micro_batches: MicroBatches, *, temperature: float, output: Output = "outputs"
+    ) -> Tensor:
+        """Log-probs (or values, or what `output` names) of all response tokens of the rows, float32
+        [batch.num_tokens], no gradient."""
         ...
 
     def train_step(self, batch: Batch, update: Update, loss: Loss, *, temperature: float, entropy: bool) -> StepResult:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from workers.batch import Batch, MicroBatch
 from workers.engines.attention import prepare
-from workers.engines.base import EngineSpec, Loss, MicroBatches, StepResult, Update
+from workers.engines.base import EngineSpec, Loss, MicroBatches, Output, StepResult, Update
 from workers.engines.flash import use_installed
 from workers.engines.logprobs import CHUNK_BYTES
 from workers.engines.models import LogprobModel, ValueModel, compile_layers, decoder_layers, load_model
@@ -71,14 +71,16 @@ class FSDPEngine:
         if self._optimizer is not None:
             self.parts["optimizer"] = Part(partial(moments, self._optimizer), self._missing_state_bytes)
 
-    def forward(self, batch: Batch, micro_batches: MicroBatches, *, temperature: float) -> Tensor:
-        """Log-probs or values of every response token, float32 [batch.num_tokens] on the host."""
+    def forward(
+        self, batch: Batch, micro_batches: MicroBatches, *, temperature: float, output: Output = "outputs"
+    ) -> Tensor:
+        """Log-probs, values or `output` of every response token, float32 [batch.num_tokens] on the host."""
         result = torch.zeros(batch.num_tokens, dtype=torch.float32)
         try:
             with torch.no_grad():
                 for rows in micro_batches:
                     micro = self._pack(batch, rows, _NO_NORM)
-                    outputs, _ = self._run(micro, temperature, entropy=False)
+                    outputs, _ = self._run(micro, temperature, entropy=False, output=output)
                     result[torch.from_numpy(batch.token_index(rows))] = outputs.cpu()
         finally:
             for part in _sharded_parts(self._module):  # no backward pass follows that would
@@ -237,9 +239,11 @@ class FSDPEngine:
     def _pack(self, batch: Batch, rows: Sequence[int], norm: Normalizers) -> MicroBatch:
         return batch.micro_batch(rows, norm, share_prompt=self._spec.share_prompt, device=self._device)
 
-    def _run(self, micro: MicroBatch, temperature: float, *, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    def _run(
+        self, micro: MicroBatch, temperature: float, *, entropy: bool, output: Output = "outputs"
+    ) -> tuple[Tensor, Tensor | None]:
         layout = prepare(micro.segments, getattr(torch, self._spec.sharding.dtype))
-        outputs, entropies = self._module(micro, layout, temperature, entropy)
+        outputs, entropies = self._module(micro, layout, temperature, entropy, output)
         return outputs, entropies
 
     def _clip(self, limit: float) -> float:

@@ -1,4 +1,5 @@
-"""Log-probabilities of given tokens from hidden states, without the whole logits matrix in memory.
+"""Log-probabilities of given tokens from hidden states, without the whole logits matrix in memory; and a statistic of
+the distributions they are chosen from, the sum of the squared probabilities.
 
 logits = hidden @ weight.T / temperature are made a chunk of rows at a time, in forward and again in backward, so peak
 memory grows with the chunk and not with tokens times vocabulary. Only response tokens get logits at all.
@@ -39,6 +40,7 @@ class _Kernels(NamedTuple):
     """What is done with the logits of one chunk."""
 
     forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    squares: Callable[..., tuple[Tensor, Tensor, Tensor]]
     entropy: Callable[..., Tensor]
     gradient: Callable[..., Tensor]
 
@@ -55,6 +57,14 @@ def _forward_chunk(
     largest = logits.amax(-1, keepdim=True)
     log_sum = logits.sub_(largest).exp_().sum(-1, keepdim=True).log()  # as inductor knows it: one pass with `amax`
     return (chosen - largest - log_sum).squeeze(-1), largest.squeeze(-1), log_sum.squeeze(-1)
+
+
+def _squares_chunk(hidden: Tensor, weight: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(largest logits, sums of exp beside them, sums of its squares), [R] each."""
+    logits = _logits(hidden, weight, temperature)
+    largest = logits.amax(-1, keepdim=True)
+    odds = logits.sub_(largest).exp_()
+    return largest.squeeze(-1), odds.sum(-1), odds.square().sum(-1)
 
 
 def _entropy_chunk(hidden: Tensor, weight: Tensor, largest: Tensor, log_sum: Tensor, temperature: float) -> Tensor:
@@ -95,9 +105,9 @@ def _logits_gradient(
 def _kernels(device_type: str) -> _Kernels:
     """Fused on a GPU, where each is otherwise ten passes over the logits."""
     if device_type != "cuda":
-        return _Kernels(_forward_chunk, _entropy_chunk, _logits_gradient)
+        return _Kernels(_forward_chunk, _squares_chunk, _entropy_chunk, _logits_gradient)
     fuse = torch.compile(dynamic=True)
-    return _Kernels(fuse(_forward_chunk), fuse(_entropy_chunk), fuse(_logits_gradient))
+    return _Kernels(fuse(_forward_chunk), fuse(_squares_chunk), fuse(_entropy_chunk), fuse(_logits_gradient))
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -182,9 +192,41 @@ def token_logprobs(
     if part is not None:
         local = targets - part.first
         targets = torch.where((local >= 0) & (local < weight.shape[0]), local, -1)
-    rows = chunk if chunk is not None else max(1, CHUNK_BYTES[hidden.device.type] // (4 * weight.shape[0]))
+    rows = _rows_of_a_chunk(hidden, weight, chunk)
     logprobs, entropies = _TokenLogprobs.apply(hidden, weight, targets, temperature, entropy, rows, part)  # type: ignore[no-untyped-call]
     return logprobs, (entropies if entropy else None)
+
+
+def sum_pi_squared(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    temperature: float,
+    chunk: int | None = None,
+    part: VocabularyPart | None = None,
+) -> Tensor:
+    """Sum over the vocabulary of softmax(hidden @ weight.T / temperature) squared, float32 [R], without gradient.
+
+    Arguments as in `token_logprobs`.
+    """
+    largest = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    sums, squares = torch.empty_like(largest), torch.empty_like(largest)
+    kernel = _kernels(hidden.device.type).squares
+    with torch.no_grad():
+        for rows in _chunks(len(hidden), _rows_of_a_chunk(hidden, weight, chunk)):
+            largest[rows], sums[rows], squares[rows] = kernel(hidden[rows], weight, temperature)
+        if part is not None:
+            most = largest.clone()
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=part.group)
+            scale = torch.exp(largest - most)
+            merged = torch.stack([sums * scale, squares * scale.square()])
+            dist.all_reduce(merged, group=part.group)
+            sums, squares = merged.unbind()
+        return squares / sums.square()
+
+
+def _rows_of_a_chunk(hidden: Tensor, weight: Tensor, chunk: int | None) -> int:
+    return chunk if chunk is not None else max(1, CHUNK_BYTES[hidden.device.type] // (4 * weight.shape[0]))
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:

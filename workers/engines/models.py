@@ -18,8 +18,8 @@ from transformers.utils import logging
 from workers.batch import MicroBatch
 from workers.engines import attention
 from workers.engines.attention import PackedLayout, gather_rows
-from workers.engines.base import EngineSpec
-from workers.engines.logprobs import token_logprobs
+from workers.engines.base import EngineSpec, Output
+from workers.engines.logprobs import sum_pi_squared, token_logprobs
 
 
 class LogprobModel(nn.Module):
@@ -30,11 +30,13 @@ class LogprobModel(nn.Module):
         self.model = model
 
     def forward(
-        self, micro: MicroBatch, layout: PackedLayout, temperature: float, entropy: bool
+        self, micro: MicroBatch, layout: PackedLayout, temperature: float, entropy: bool, output: Output = "outputs"
     ) -> tuple[Tensor, Tensor | None]:
-        """Float32 log-probs [R] (and entropy [R]) of the micro-batch's targets."""
+        """Float32 log-probs [R] (and entropy [R]) of the micro-batch's targets, or what else `output` names [R]."""
         hidden = _predicting_states(self.model.base_model, micro, layout)
         weight = self.model.get_output_embeddings().weight
+        if output == "sum_pi_squared":
+            return sum_pi_squared(hidden, weight, temperature=temperature), None
         return token_logprobs(hidden, weight, micro.targets, temperature=temperature, entropy=entropy)
 
 
@@ -48,9 +50,10 @@ class ValueModel(nn.Module):
         nn.init.zeros_(self.value_head.weight)
 
     def forward(
-        self, micro: MicroBatch, layout: PackedLayout, temperature: float, entropy: bool
+        self, micro: MicroBatch, layout: PackedLayout, temperature: float, entropy: bool, output: Output = "outputs"
     ) -> tuple[Tensor, None]:
         """Float32 values [R] of the states the targets were chosen in; temperature and entropy play no part."""
+        assert output == "outputs", output
         values = self.value_head(_predicting_states(self.model, micro, layout)).squeeze(-1)
         return values.to(torch.float32, copy=True), None  # FSDP warns of views
 

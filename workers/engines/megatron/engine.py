@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from workers.batch import Batch, MicroBatch
-from workers.engines.base import EngineSpec, Loss, MicroBatches, StepResult, Update
+from workers.engines.base import EngineSpec, Loss, MicroBatches, Output, StepResult, Update
 from workers.engines.flash import use_installed
 from workers.engines.megatron import groups, shim, slices
 from workers.engines.megatron.architectures import check, experts_of, items
@@ -86,9 +86,11 @@ class MegatronEngine:
         self._exported = tuple(parts(self._items, self._held, self._place))
         self._publish()
 
-    def forward(self, batch: Batch, micro_batches: MicroBatches, *, temperature: float) -> Tensor:
-        """Log-probs or values of every response token, float32 [batch.num_tokens] on the host; zeros on all stages but
-        the last."""
+    def forward(
+        self, batch: Batch, micro_batches: MicroBatches, *, temperature: float, output: Output = "outputs"
+    ) -> Tensor:
+        """Log-probs, values or `output` of every response token, float32 [batch.num_tokens] on the host; zeros on all
+        stages but the last."""
         result = torch.zeros(batch.num_tokens, dtype=torch.float32)
 
         def keep(rows: Sequence[int], _: MicroBatch, outputs: Tensor, __: Tensor | None) -> None:
@@ -96,7 +98,7 @@ class MegatronEngine:
 
         todo = [(rows, partial(keep, rows)) for rows in self._room.even(micro_batches)]
         with torch.no_grad():
-            self._run(batch, todo, _NO_NORM, temperature, entropy=False, forward_only=True)
+            self._run(batch, todo, _NO_NORM, temperature, entropy=False, forward_only=True, output=output)
         return result
 
     def train_step(self, batch: Batch, update: Update, loss: Loss, *, temperature: float, entropy: bool) -> StepResult:
@@ -194,15 +196,16 @@ class MegatronEngine:
         *,
         entropy: bool,
         forward_only: bool,
+        output: Output = "outputs",
     ) -> None:
         """Micro-batches through Megatron's schedule, each packed when the first chunk of this rank asks for it."""
 
         def step(data: Iterator[tuple[MicroBatch, Finish]], chunk: nn.Module) -> tuple[Tensor, Finish | None]:
             micro, finish = next(data)
-            output = chunk(micro, temperature, entropy)
-            if isinstance(output, Tensor):
-                return output, None
-            outputs, entropies = output
+            result = chunk(micro, temperature, entropy, output)
+            if isinstance(result, Tensor):
+                return result, None
+            outputs, entropies = result
             return outputs, lambda outputs, **_: finish(micro, outputs, entropies)
 
         groups.use(self._spec.parallel)

@@ -38,9 +38,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from workers.batch import CHOOSE, MicroBatch
 from workers.engines.attention import PackedLayout, gather_rows, packed_attention, prepare
-from workers.engines.base import EngineSpec
+from workers.engines.base import EngineSpec, Output
 from workers.engines.fusion import fused
-from workers.engines.logprobs import VocabularyPart, token_logprobs
+from workers.engines.logprobs import VocabularyPart, sum_pi_squared, token_logprobs
 from workers.engines.megatron.architectures import Head, experts_of, has_experts, has_qk_norm, has_qkv_bias, head_dim
 from workers.engines.megatron.experts import Mixture, expert_settings
 
@@ -171,9 +171,9 @@ class Stage(MegatronModule):  # type: ignore[misc]
         weight: Tensor = (self.embedding.word_embeddings if self.pre_process else self.output_layer).weight
         return weight
 
-    def forward(self, micro: MicroBatch, temperature: float, entropy: bool) -> Any:
-        """Hidden states [num_tokens, 1, hidden_size] for the next stage; of the last stage, (log-probs or values
-        [R] of the micro-batch's targets, entropies [R] or None), float32."""
+    def forward(self, micro: MicroBatch, temperature: float, entropy: bool, output: Output = "outputs") -> Any:
+        """Hidden states [num_tokens, 1, hidden_size] for the next stage; of the last stage, (log-probs, values or
+        `output` [R] of the micro-batch's targets, entropies [R] or None), float32."""
         cos, sin = self.rotary(self._sample(), micro.position_ids[None])
         layout = prepare(micro.segments, self.config.params_dtype)
         packed = Packed(layout, cos[0], sin[0], self._routing(micro))
@@ -182,8 +182,12 @@ class Stage(MegatronModule):  # type: ignore[misc]
         if not self.post_process:
             return hidden
         if self._head == "values":
+            assert output == "outputs", output
             return self._values(hidden, micro), None
-        return self._logprobs(hidden, micro, temperature, entropy)
+        states, weight, part = self._before_logits(hidden, micro)
+        if output == "sum_pi_squared":
+            return sum_pi_squared(states, weight, temperature=temperature, part=part), None
+        return token_logprobs(states, weight, micro.targets, temperature=temperature, entropy=entropy, part=part)
 
     def _routing(self, micro: MicroBatch) -> Tensor | None:
         """Of the rows that this rank's layers work on."""
@@ -194,9 +198,8 @@ class Stage(MegatronModule):  # type: ignore[misc]
         ]
         return mine
 
-    def _logprobs(
-        self, hidden: Tensor, micro: MicroBatch, temperature: float, entropy: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def _before_logits(self, hidden: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor, VocabularyPart | None]:
+        """The states that targets are predicted from, [R, hidden_size], and this rank's part of the output layer."""
         is_shared = self.pre_process and self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if is_shared else self.output_layer.weight
         part = None
@@ -208,7 +211,7 @@ class Stage(MegatronModule):  # type: ignore[misc]
             states = gather_rows(gather_from_sequence_parallel_region(hidden).squeeze(1), micro.predictor)
         else:
             states = copy_to_tensor_model_parallel_region(gather_rows(hidden.squeeze(1), micro.predictor))
-        return token_logprobs(states, weight, micro.targets, temperature=temperature, entropy=entropy, part=part)
+        return states, weight, part
 
     def _values(self, hidden: Tensor, micro: MicroBatch) -> Tensor:
         """Every tensor-parallel rank computes them all, and so has the whole gradient of what it computed from."""
