@@ -119,7 +119,7 @@ class MegatronEngine:
         with training.gradients:
             with self._room.measured(batch, update):
                 self._run(batch, todo, update.norm, temperature, entropy=entropy, forward_only=False)
-            grad_norm = gradient_norm(self._own_gradients(), _world())
+            grad_norm = gradient_norm(self._own_gradients(), _world(), self._device)
             skipped = not math.isfinite(grad_norm)
             lr = learning_rate(settings, self._num_updates)
             if not skipped:

@@ -177,13 +177,14 @@ def _buffers(chunks: Sequence[DistributedDataParallel]) -> Iterator[Any]:
         yield from (*chunk.buffers, *chunk.expert_parallel_buffers)
 
 
-def gradient_norm(gradients: list[Tensor], group: dist.ProcessGroup) -> float:
-    """L2 norm over the ranks of the group; each gives the gradients that no other rank gives; collective."""
-    norms = torch.stack(torch._foreach_norm(gradients)).double() if gradients else torch.zeros(1, dtype=torch.float64)
-    total = norms.square().sum().cpu()
-    everywhere = total.to(gradients[0].device) if gradients else total
-    dist.all_reduce(everywhere, group=group)
-    return float(everywhere.sqrt())
+def gradient_norm(gradients: list[Tensor], group: dist.ProcessGroup, device: torch.device) -> float:
+    """L2 norm over the ranks of the group; each gives the gradients that no other rank gives, maybe none; collective."""
+    norms = (
+        torch.stack(torch._foreach_norm(gradients)).double() if gradients else torch.zeros(1, device=device).double()
+    )
+    total = norms.square().sum()
+    dist.all_reduce(total, group=group)
+    return float(total.sqrt())
 
 
 def clip_scale(norm: float, limit: float) -> float:
