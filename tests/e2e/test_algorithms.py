@@ -32,8 +32,8 @@ from trainer.algorithms.policy.base import Objective
 
 
 def half(x, *, scale):
-    """+ scale for the better half of all responses."""
-    return torch.repeat_interleave(torch.where(x.rewards > x.rewards.median(), scale, -scale), x.lengths)
+    """+ scale for the better half of all responses, - scale for the others."""
+    return torch.repeat_interleave(torch.where(x.rewards > x.rewards.mean(), scale, -scale), x.lengths)
 
 
 def plain(x, *, weight=1.0):
@@ -51,15 +51,18 @@ def bench(tmp_path_factory: pytest.TempPathFactory, task: Path) -> Iterator[Work
         yield started
 
 
-def check(taken: Taken, *, updates: int = UPDATES) -> None:
-    """A step that learned something, and whose every metric is a number."""
+def check(taken: Taken, *, updates: int = UPDATES, may_rest: bool = False) -> None:
+    """A step that learned something, and whose every metric is a number. may_rest: rewards may differ in vain."""
     metrics = taken.metrics
     assert len(taken.samples) == PROMPTS * RESPONSES
     assert not {name: value for name, value in metrics.items() if not math.isfinite(value)}
     assert (metrics["actor/num_updates"], metrics["actor/skipped_updates"]) == (updates, 0)
     assert metrics["reward/frac_zero_std_groups"] < 1, "there was something to learn"
-    assert metrics["actor/grad_norm"] > 0
-    assert taken.moved
+    if may_rest and metrics["advantage/std"] == 0:
+        assert metrics["actor/grad_norm"] == 0
+    else:
+        assert metrics["actor/grad_norm"] > 0
+        assert taken.moved
 
 
 @pytest.mark.parametrize("loss", OBJECTIVES)
@@ -67,7 +70,7 @@ def check(taken: Taken, *, updates: int = UPDATES) -> None:
 def test_every_estimator_with_every_loss(bench: Workbench, name: str, loss: str) -> None:
     settings = [f"algorithm.adv_estimator={name}", f"{LOSS}.loss_mode={loss}", *PARAMS.get(loss, [])]
     for taken in bench.steps(*settings, number=2):
-        check(taken)
+        check(taken, may_rest=name == "grpo_passk")  # where the two best of every group are equally good
         needs, columns = ESTIMATORS[name].needs, taken.samples.columns
         for needed, column in COLUMNS.items():
             assert needed not in needs or column in columns, column
