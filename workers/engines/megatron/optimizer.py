@@ -178,11 +178,10 @@ def _buffers(chunks: Sequence[DistributedDataParallel]) -> Iterator[Any]:
 
 
 def gradient_norm(gradients: list[Tensor], group: dist.ProcessGroup, device: torch.device) -> float:
-    """L2 norm over the ranks of the group; each gives the gradients that no other rank gives, maybe none; collective."""
-    norms = (
-        torch.stack(torch._foreach_norm(gradients)).double() if gradients else torch.zeros(1, device=device).double()
-    )
-    total = norms.square().sum()
+    """L2 norm over the ranks of the group; each gives the gradients that no other rank gives, if any; collective."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    if gradients:
+        total = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
     dist.all_reduce(total, group=group)
     return float(total.sqrt())
 
