@@ -10,7 +10,7 @@ import numpy as np
 
 from trainer.measure import Metrics
 from trainer.samples import Samples
-from trainer.scoring import drop_failed
+from trainer.scoring import Scored, drop_failed
 from trainer.sources import SyncSource, greedy
 from workers.protocol import Prompt
 from workers.rollout.spec import SamplingSpec
@@ -41,14 +41,14 @@ class Evaluation:
         size = self.batch_size or len(self.prompts)
         batches = [self.prompts[start : start + size] for start in range(0, len(self.prompts), size)]
         measured: list[Samples] = []
-        num_errors = 0.0
+        scored = Scored()
         for number, prompts in enumerate(batches):
             key = f"{prefix}{'-'.join(map(str, seed))}-{number}"
             samples = source.generate(key, prompts, sampling, seed=(*seed, number), sleep=False, phase=_untimed)
-            kept, errors = drop_failed(samples, max_error_rate=self.max_error_rate)
+            kept, errors = drop_failed(samples, max_error_rate=self.max_error_rate, before=scored)
             measured.append(kept)
-            num_errors += errors["reward/errors"]
-        return _accuracies(measured, prefix) | {f"{prefix}reward_errors": num_errors}, measured[-1]
+            scored = Scored(scored.asked + len(samples), scored.failed + int(errors["reward/errors"]))
+        return _accuracies(measured, prefix) | {f"{prefix}reward_errors": float(scored.failed)}, measured[-1]
 
 
 def _accuracies(measured: Sequence[Samples], prefix: str) -> Metrics:

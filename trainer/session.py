@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import checkpoint
+from trainer.checkpoint import CheckpointError
 from trainer.config.errors import UserError
 from trainer.config.schema import Config
 from trainer.driver import Driver
@@ -25,6 +26,7 @@ from trainer.tracking.report import write_report
 from trainer.tracking.run_data import read_history
 from trainer.tracking.summary import write_summary
 from trainer.tracking.tracker import Tracker
+from workers.group import WorkerError
 
 COMPLETIONS_PER_STEP = 8
 
@@ -82,19 +84,27 @@ class Session:
         if validated is not None:
             self.tracker.completions(driver.state.step, self._val_rows(validated))
         self.phases.step(driver.state.step + 1)
-        if driver.is_checkpoint_due() or failed is not None:
-            self.save()  # after the line is written: a kill in between repeats the step, and never loses it
         if failed is not None:
+            self._save_before(failed)
             raise failed
+        if driver.is_checkpoint_due():
+            self.save()  # after the line is written: a kill in between repeats the step, and never loses it
 
-    def _validate(self) -> tuple[Metrics, Samples | None, RewardErrorRate | None]:
+    def _validate(self) -> tuple[Metrics, Samples | None, RuntimeError | None]:
         """What the validation that is due says; an error that ends the run, but not before the step has been kept."""
         if not self.driver.is_validation_due():
             return {}, None, None
         try:
             return *self.driver.validate(), None
-        except RewardErrorRate as error:
+        except (RewardErrorRate, WorkerError) as error:
             return {}, None, error
+
+    def _save_before(self, failed: RuntimeError) -> None:
+        """Writes a checkpoint although the run ends with `failed`: the step was trained, only its validation failed."""
+        try:
+            self.save()
+        except (WorkerError, CheckpointError) as error:
+            failed.add_note(f"the step before it is not kept either: {error}")
 
     def save(self) -> Path:
         """Writes a checkpoint of now."""

@@ -13,6 +13,7 @@ from trainer.config.errors import UserError
 from trainer.scoring import RewardErrorRate
 from trainer.session import Session
 from trainer.tracking.phases import Phases
+from workers.group import WorkerError
 
 
 class State:
@@ -92,12 +93,23 @@ def test_a_step_that_could_not_begin_leaves_those_before_it(error: Exception) ->
     assert session.saved == [{"step": 2, "position": 2}], "its prompts will be answered again"
 
 
-def test_a_validation_that_fails_does_not_take_the_training_with_it() -> None:
-    session = Recorded(Driver(None, RewardErrorRate("many failed")))
-    with pytest.raises(RewardErrorRate):
+@pytest.mark.parametrize("error", [RewardErrorRate("many failed"), WorkerError("replica 0 is gone")])
+def test_a_validation_that_fails_does_not_take_the_training_with_it(error: Exception) -> None:
+    session = Recorded(Driver(None, error))
+    with pytest.raises(type(error)):
         session.train()
     assert session.lines == [1, 2, 3]
     assert session.saved == [{"step": 3, "position": 3}]
+
+
+def test_where_the_checkpoint_fails_too_both_are_told() -> None:
+    class Unsaved(Recorded):
+        def save(self) -> Path:
+            raise WorkerError("rank 0 is gone")
+
+    with pytest.raises(WorkerError, match="replica 0 is gone") as told:
+        Unsaved(Driver(None, WorkerError("replica 0 is gone"))).train()
+    assert told.value.__notes__ == ["the step before it is not kept either: rank 0 is gone"]
 
 
 def test_a_run_that_ends_well_is_saved_once() -> None:
