@@ -9,7 +9,6 @@ far as that: what is free is measured, not predicted. Every use of an engine say
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 
 from workers.engines.residency import Part
 from workers.settings import Auto
-from workers.shortage import host_memory, out_of_memory_explained
+from workers.shortage import host_memory, out_of_memory_explained, peak_resident_bytes
 
 SPARE_BYTES = 512 << 20
 """Room besides what is asked for: what allocators round up, and libraries take for themselves."""
@@ -86,7 +85,7 @@ class HostMeter:
 
     def own_peak_bytes(self) -> int:
         """Resident."""
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak_resident_bytes()
 
 
 def meter_of(device_type: str) -> Meter:

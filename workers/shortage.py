@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -84,3 +86,16 @@ def host_memory() -> tuple[int, int]:
     """Free and total bytes of this machine's memory."""
     memory = psutil.virtual_memory()
     return int(memory.available), int(memory.total)
+
+
+def peak_resident_bytes() -> int:
+    """Most memory that this process has held since it began to run its program.
+
+    Not getrusage's, which a new program inherits from the one that started it.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:  # not Linux
+        status = ""
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(found[1]) << 10 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10

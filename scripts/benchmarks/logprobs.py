@@ -6,7 +6,6 @@ their gradients.
 
 from __future__ import annotations
 
-import resource
 import time
 from argparse import ArgumentParser, Namespace
 from concurrent.futures import ProcessPoolExecutor
@@ -20,6 +19,7 @@ from subcommands import Command
 from torch import Tensor
 
 from workers.engines.logprobs import token_logprobs
+from workers.shortage import peak_resident_bytes
 
 from . import floors, launch
 
@@ -122,7 +122,7 @@ def _peak(device: str) -> int:
     """Most memory so far, bytes."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    return peak_resident_bytes()
 
 
 COMMAND = Command("logprobs", "memory of log-probs and entropies: chunks against the whole logits", add_options, run)

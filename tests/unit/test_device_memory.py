@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +16,10 @@ from workers.engines.residency import Part
 from workers.memory import DeviceMemory, HostMeter
 from workers.rollout.vllm.engine import given_back
 from workers.settings import Auto
-from workers.shortage import OutOfMemory
+from workers.shortage import OutOfMemory, peak_resident_bytes
 
 KIB = 1024
+ROOT = Path(__file__).parents[2]
 
 
 def tensors(*sizes: int, seed: int = 0) -> list[Tensor]:
@@ -296,3 +300,10 @@ def test_what_a_sleeping_replica_gave_back() -> None:
     assert given_back([[0, 0]], [[0, 0]], by_tag=True) == {"weights": 0, "kv_cache": 0}
     assert given_back([[10, 30]], [[25, 30]], by_tag=True) == {"weights": 15, "kv_cache": 0}
     assert given_back([[10, 30]], [[5, 30]], by_tag=True) == {"weights": 0, "kv_cache": 0}
+
+
+def test_a_process_does_not_inherit_its_parents_peak() -> None:
+    program = "from workers.shortage import peak_resident_bytes; print(peak_resident_bytes())"
+    ours = bytearray(b"x" * (300 << 20))
+    found = int(subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, cwd=ROOT).stdout)
+    assert peak_resident_bytes() > len(ours) > 2 * found > 10 << 20

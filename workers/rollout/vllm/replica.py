@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -16,7 +15,7 @@ from workers.rollout.vllm.arguments import plan_engine
 from workers.rollout.vllm.capabilities import of_installed
 from workers.rollout.vllm.engine import Engine
 from workers.rollout.vllm.outputs import to_block
-from workers.shortage import OutOfMemory, out_of_memory_explained
+from workers.shortage import OutOfMemory, out_of_memory_explained, peak_resident_bytes
 
 CONCURRENCY_GROUPS = {"control": 1}
 """Ray's threads besides the one that generates and takes weights."""
@@ -112,7 +111,7 @@ class VllmReplica:
     def _peaks(self) -> tuple[int, int]:
         """Bytes since the last tandem_begin_call: this replica's own, and those of everyone on its device."""
         own, everyone = (max(column) for column in zip(*self._engine.rpc("tandem_peaks"), strict=True))
-        process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        process = peak_resident_bytes()
         return own or process, everyone or process
 
     def _explained(self, call: str) -> AbstractContextManager[None]:
