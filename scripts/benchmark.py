@@ -16,8 +16,11 @@ A new subcommand is a module in scripts/benchmarks/ with a `COMMAND`, and a line
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+
+os.environ["KINETO_LOG_LEVEL"] = "99"  # read when PyTorch is imported: its profiler counts memory here, quietly
 
 from benchmarks import algorithms, logprobs, quickstart, rollout, seeds, w1
 from benchmarks.launch import RunFailed

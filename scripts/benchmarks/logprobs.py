@@ -1,15 +1,15 @@
 """Subcommand logprobs: memory and time of log-probs and entropies, in chunks as training computes them, and at once.
 
-Each way runs in a process of its own, forward and backward; memory is what the process took beyond its inputs and
-their gradients.
+Forward and backward; memory is what was allocated beyond the inputs and their gradients.
 """
 
 from __future__ import annotations
 
 import time
 from argparse import ArgumentParser, Namespace
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Callable
+from itertools import accumulate
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from subcommands import Command
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from workers.engines.logprobs import token_logprobs
-from workers.shortage import peak_resident_bytes
 
 from . import floors, launch
 
@@ -42,8 +42,8 @@ def run(options: Namespace, console: Console) -> int:
     """Measure, write, show and check."""
     chunks = [int(chunk) for chunk in options.chunks.split(",")]
     sizes = [(options.rows, chunk) for chunk in chunks] + [(2 * options.rows, chunks[0])]
-    chunked = [_alone(rows, options.hidden, chunk) for rows, chunk in sizes]
-    formula = _alone(options.rows, options.hidden, None)
+    chunked = [measure(rows, options.hidden, chunk) for rows, chunk in sizes]
+    formula = measure(options.rows, options.hidden, None)
     result = {
         "benchmark": "logprobs",
         "command": launch.command_line(),
@@ -76,11 +76,6 @@ def table(result: dict[str, Any]) -> Table:
     return shown
 
 
-def _alone(rows: int, hidden: int, chunk: int | None) -> dict[str, Any]:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(measure, rows, hidden, chunk).result()
-
-
 def measure(rows: int, hidden: int, chunk: int | None) -> dict[str, Any]:
     """One forward and backward pass. chunk: rows at a time; None: the formula, with all logits in memory."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -90,18 +85,22 @@ def measure(rows: int, hidden: int, chunk: int | None) -> dict[str, Any]:
     targets = torch.randint(VOCABULARY, (rows,), device=device)
     states.grad, weight.grad = torch.zeros_like(states), torch.zeros_like(weight)
     (_compute(states[:2], weight, targets[:2], 1) if chunk else _formula(states[:2], weight, targets[:2])).backward()
-    before = _peak(device)
+
+    def work() -> Tensor:
+        total = _compute(states, weight, targets, chunk) if chunk else _formula(states, weight, targets)
+        total.backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return total.detach()
+
     began = time.perf_counter()
-    total = _compute(states, weight, targets, chunk) if chunk else _formula(states, weight, targets)
-    total.backward()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    total = work()
     seconds = time.perf_counter() - began
     return {
         "rows": rows,
         "chunk": chunk,
         "sum": total.item(),
-        "bytes": _peak(device) - before,
+        "bytes": _peak_on_gpu(work) if device == "cuda" else _peak_on_cpu(work),
         "seconds": seconds,
     }
 
@@ -118,11 +117,21 @@ def _formula(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return chosen - (logp.exp() * logp).sum(-1).double().sum()
 
 
-def _peak(device: str) -> int:
-    """Most memory so far, bytes."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return peak_resident_bytes()
+def _peak_on_gpu(work: Callable[[], object]) -> int:
+    """Most bytes allocated at a time beyond those before."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _peak_on_cpu(work: Callable[[], object]) -> int:
+    """Likewise, of what PyTorch allocates: a resident set would also count what the C library keeps or gives back."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    return max(accumulate(size for _, size in sorted(changes, key=itemgetter(0))))
 
 
 COMMAND = Command("logprobs", "memory of log-probs and entropies: chunks against the whole logits", add_options, run)
