@@ -94,7 +94,8 @@ def _engine_spec(cfg: Config, inputs: Inputs, sizes: Sizes, role: TrainingRole) 
     model, critic = cfg.actor_rollout_ref.model, cfg.critic
     path, checkpointing, optimizer = inputs.model_path, model.enable_gradient_checkpointing, None
     if isinstance(role.config, ActorConfig):
-        optimizer = _optimizer(role.config.optim, sizes.total_steps * sizes.actor_updates_per_step)
+        steps = max(1, sizes.total_steps - cfg.trainer.critic_warmup)  # it waits for the critic
+        optimizer = _optimizer(role.config.optim, steps * sizes.actor_updates_per_step)
     elif isinstance(role.config, CriticConfig):
         path, checkpointing = absolute(critic.model.path), critic.model.enable_gradient_checkpointing
         optimizer = _optimizer(role.config.optim, sizes.total_steps * sizes.critic_updates_per_step)

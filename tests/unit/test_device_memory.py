@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from workers.engines.megatron.optimizer import Gradients
 from workers.engines.residency import Part
 from workers.memory import DeviceMemory, HostMeter
 from workers.rollout.vllm.engine import given_back
@@ -307,3 +308,22 @@ def test_a_process_does_not_inherit_its_parents_peak() -> None:
     ours = bytearray(b"x" * (300 << 20))
     found = int(subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, cwd=ROOT).stdout)
     assert peak_resident_bytes() > len(ours) > 2 * found > 10 << 20
+
+
+def test_gradient_buffers_that_do_not_all_fit_take_nothing() -> None:
+    class Full:
+        """A storage on a device without room."""
+
+        def nbytes(self) -> int:
+            return KIB
+
+        def resize_(self, size: int) -> None:
+            if size:
+                raise RuntimeError("out of memory")
+
+    gradients = Gradients([])
+    first = torch.empty(0, dtype=torch.uint8).untyped_storage()
+    gradients._storages, gradients._sizes = [first, Full()], [KIB, KIB]  # type: ignore[list-item]
+    with pytest.raises(RuntimeError, match="out of memory"), gradients:
+        pass
+    assert first.nbytes() == 0

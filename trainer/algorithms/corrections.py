@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from trainer.algorithms.aggregation import token_mean
-from trainer.algorithms.policy.base import LOG_RATIO_LIMIT, BatchInput, sum_by_sequence
+from trainer.algorithms.kl import LOG_RATIO_LIMIT
+from trainer.algorithms.policy.base import BatchInput, sum_by_sequence
 from trainer.algorithms.thresholds import Bounds, Correction, Rejection
 from workers.normalizers import Normalizers
 

@@ -26,7 +26,7 @@ from trainer.algorithms.corrections import (
     mismatch,
     normalized_weights,
 )
-from trainer.algorithms.policy.base import LOG_RATIO_LIMIT, BatchInput, Objective, ObjectiveInput, PolicyObjective
+from trainer.algorithms.policy.base import BatchInput, Objective, ObjectiveInput, PolicyObjective
 from trainer.algorithms.policy.build import ClipRange, policy_objective
 from trainer.algorithms.thresholds import Correction, read_correction
 from workers.batch import MicroBatch
@@ -118,7 +118,7 @@ class PolicyLoss:
         return ObjectiveInput(
             logprobs=logprobs,
             old=old,
-            log_ratio=(logprobs - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT),
+            log_ratio=(logprobs - old).clamp(-kl.LOG_RATIO_LIMIT, kl.LOG_RATIO_LIMIT),
             advantages=torch.where(mask, _column(micro, "advantages"), 0.0),
             mask=mask,
             sequence=micro.sequence,
@@ -257,8 +257,8 @@ def mismatch_metrics(sampler: Tensor, trainer: Tensor, mask: Tensor) -> Metrics:
 
 def _ratio_metrics(log_ratio: Tensor, objective: Objective, mask: Tensor, micro: MicroBatch) -> Metrics:
     """The identities of max and min are the bounds of the log ratio: finite, and neutral where no token is."""
-    highest = _max(torch.where(mask, log_ratio, -LOG_RATIO_LIMIT), identity=-LOG_RATIO_LIMIT)
-    lowest = -_max(torch.where(mask, -log_ratio, -LOG_RATIO_LIMIT), identity=-LOG_RATIO_LIMIT)
+    highest = _max(torch.where(mask, log_ratio, -kl.LOG_RATIO_LIMIT), identity=-kl.LOG_RATIO_LIMIT)
+    lowest = -_max(torch.where(mask, -log_ratio, -kl.LOG_RATIO_LIMIT), identity=-kl.LOG_RATIO_LIMIT)
     return {
         "actor/ppo_kl": token_mean(-log_ratio, mask, micro.norm),
         "actor/ratio_max": highest.exp(),

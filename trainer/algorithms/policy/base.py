@@ -18,8 +18,6 @@ from torch import Tensor
 
 ACTOR = "actor_rollout_ref.actor"
 PARAMS = f"{ACTOR}.policy_loss.params"
-LOG_RATIO_LIMIT = 20.0
-"""The log of a ratio is held within +- this, so that one wild token cannot overflow the step."""
 
 
 @dataclass(frozen=True, slots=True)

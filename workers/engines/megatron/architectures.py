@@ -1,6 +1,6 @@
 """Architectures that the Megatron engine knows: one table each, from Hugging Face tensors to our parameters.
 
-Imports neither torch nor megatron: `check` answers before any actor starts. A new architecture is a line in
+Imports no megatron: `check` answers before any actor starts. A new architecture is a line in
 ARCHITECTURES if its layers are the decoder's below with a tensor more or less.
 
 The rows of q, k and v lie one after the other in `linear_qkv`, on each tensor-parallel rank those of its own heads, as

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -26,7 +25,7 @@ from workers.engines.megatron.checkpoint import save_copy
 from workers.engines.megatron.convert import Checkpoint, Place, fill_gaps, held, owned, parameters_of, parts
 from workers.engines.megatron.model import Stage, padded, transformer_config
 from workers.engines.megatron.optimizer import Gradients, ShardedAdamW, clip_scale, gradient_norm
-from workers.engines.megatron.room import Room
+from workers.engines.megatron.room import Room, world
 from workers.engines.megatron.slices import Slice
 from workers.engines.models import hf_config
 from workers.engines.optimizer import learning_rate
@@ -119,13 +118,13 @@ class MegatronEngine:
         with training.gradients:
             with self._room.measured(batch, update):
                 self._run(batch, todo, update.norm, temperature, entropy=entropy, forward_only=False)
-            grad_norm = gradient_norm(self._own_gradients(), _world(), self._device)
+            grad_norm = gradient_norm(self._own_gradients(), world(), self._device)
             skipped = not math.isfinite(grad_norm)
             lr = learning_rate(settings, self._num_updates)
             if not skipped:
                 training.optimizer.step(lr, clip_scale(grad_norm, settings.clip_grad))
         self._num_updates += 1
-        return StepResult(reduce_metrics(metrics, _world()), grad_norm, lr, skipped)
+        return StepResult(reduce_metrics(metrics, world()), grad_norm, lr, skipped)
 
     def update_wants(self, batch: Batch, update: Update) -> int:
         """Bytes an optimizer step wants to find free besides weights and optimizer state, to recompute nothing."""
@@ -143,13 +142,13 @@ class MegatronEngine:
     def save(self, directory: Path) -> None:
         """Model, optimizer and update counter under Hugging Face names; each rank writes what its optimizer owns."""
         groups.use(self._spec.parallel)
-        slices.write(directory, [*self._state(), *self._counts().values()], _world())
+        slices.write(directory, [*self._state(), *self._counts().values()], world())
 
     def load(self, directory: Path) -> None:
         """Takes back what `save` wrote, under any number of ranks and however the model is cut."""
         groups.use(self._spec.parallel)
         counts = self._counts()
-        slices.read(directory, [*self._state(), *counts.values()], _world())
+        slices.read(directory, [*self._state(), *counts.values()], world())
         self._num_updates = int(counts["num_updates"].local)
         if self._training is not None:
             self._training.optimizer.num_steps = int(counts["num_steps"].local)
@@ -281,8 +280,3 @@ def _place() -> Place:
         parallel_state.get_data_parallel_world_size(),
         parallel_state.get_expert_model_parallel_world_size(),
     )
-
-
-def _world() -> dist.ProcessGroup:
-    assert dist.group.WORLD is not None
-    return dist.group.WORLD

@@ -39,8 +39,12 @@ class Gradients:
         return sum(self._sizes)
 
     def __enter__(self) -> None:
-        for storage, size in zip(self._storages, self._sizes, strict=True):
-            storage.resize_(size)
+        try:
+            for storage, size in zip(self._storages, self._sizes, strict=True):
+                storage.resize_(size)
+        except RuntimeError:  # no room for the last of them: the others must not stay
+            self._free()
+            raise
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
 

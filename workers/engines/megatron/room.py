@@ -47,7 +47,7 @@ class Room:
         free = free_bytes(self._device)
         if free is not None:
             tokens = self._tokens_in_flight(batch, update.micro_batches)
-            self.recompute.fit(tokens, free - state_bytes - self._logits_bytes(), _world())
+            self.recompute.fit(tokens, free - state_bytes - self._logits_bytes(), world())
 
     @contextmanager
     def measured(self, batch: Batch, update: Update) -> Iterator[None]:
@@ -56,7 +56,7 @@ class Room:
             yield
             return
         tokens = self._tokens(batch, update.micro_batches)
-        with self.recompute.measure(tokens[0], max(tokens), _world()):
+        with self.recompute.measure(tokens[0], max(tokens), world()):
             yield
 
     def even(self, micro_batches: MicroBatches) -> list[Sequence[int]]:
@@ -98,6 +98,7 @@ class Room:
         return 3 * CHUNK_BYTES[self._device.type] + 6 * weight
 
 
-def _world() -> dist.ProcessGroup:
+def world() -> dist.ProcessGroup:
+    """All training ranks."""
     assert dist.group.WORLD is not None
     return dist.group.WORLD
