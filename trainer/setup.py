@@ -97,6 +97,6 @@ def _source(cfg: Config, workers: Workers, phases: Phases) -> SyncSource:
 
 def _sync(cfg: Config, workers: Workers) -> WeightSync:
     rollout = cfg.actor_rollout_ref.rollout
-    sync = WeightSync(workers.train["actor"], workers.replicas, "actor", cfg.trainer.step_timeout_s)
+    sync = WeightSync(workers.train["actor"], workers.replicas, "actor", cfg.trainer.step_timeout_s, workers.routes)
     sync.open(rollout.dtype, rollout.update_weights_bucket_megabytes << 20, workers.channel)
     return sync
