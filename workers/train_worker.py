@@ -104,6 +104,10 @@ class TrainWorker:
         self._cached: tuple[str, Batch] | None = None
         self._store: Any = None
 
+    def unseen(self, paths: Sequence[str]) -> list[str]:
+        """Those of the driver's paths that do not exist on this node."""
+        return [path for path in paths if not Path(path).exists()]
+
     def rendezvous(self) -> tuple[str, int]:
         """Rank 0 opens the store the others meet at; the port is the system's choice and never let go."""
         import ray
