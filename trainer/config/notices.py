@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from trainer.algorithms.estimators import catalog
+from trainer.config.mapping import unused_notice
 from trainer.config.roles import training_roles
 from trainer.config.schema import Config
 
@@ -14,7 +15,7 @@ _ACTOR = "actor_rollout_ref.actor"
 
 def notices(cfg: Config) -> list[str]:
     """Return what is worth telling about a valid configuration."""
-    return [*_objective(cfg), *_sampling(cfg), *_offload(cfg), *_run(cfg)]
+    return [*_objective(cfg), *_sampling(cfg), *_offload(cfg), *_run(cfg), *unused_notice(cfg)]
 
 
 def _objective(cfg: Config) -> Iterator[str]:

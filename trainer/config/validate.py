@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from itertools import combinations
 from pathlib import Path
 
 from trainer.config.algorithms import estimator_problems
 from trainer.config.collecting import collecting_problems
 from trainer.config.corrections import policy_loss_problems, rollout_correction_problems
-from trainer.config.devices import parse_device_mapping
 from trainer.config.errors import UserError, raise_problems, show
 from trainer.config.inputs import check_model_path, check_reward_function, find_data_files
+from trainer.config.mapping import device_problems, role_devices
 from trainer.config.megatron import megatron_problems
 from trainer.config.notices import notices
 from trainer.config.roles import training_roles
@@ -31,46 +30,6 @@ def validate(cfg: Config) -> list[str]:
     raise_problems([problem for check in _KEY_CHECKS for problem in check(cfg)])
     raise_problems(list(_input_problems(cfg)))
     return notices(cfg)
-
-
-def role_devices(value: DeviceMapping, key: str, *, num_devices: int) -> tuple[int, ...]:
-    """Return the global device ranks of a role; None means all of them.
-
-    Raises ValueError for a mapping that cannot be read or that leaves the cluster.
-    """
-    if value is None:
-        return tuple(range(num_devices))
-    ranks = parse_device_mapping(value, key)
-    if max(ranks) >= num_devices:
-        raise UserError(
-            f"{key}={show(value)}: rank {max(ranks)} does not exist, there are {num_devices} devices (ranks 0-"
-            f"{num_devices - 1}); change it, or raise trainer.nnodes or trainer.n_gpus_per_node"
-        )
-    return ranks
-
-
-def training_devices(cfg: Config, *, num_devices: int) -> dict[str, tuple[int, ...]]:
-    """The global device ranks of each training role of the run: "actor", "ref", "critic"."""
-    return {
-        role.name: role_devices(role.config.device_mapping, f"{role.key}.device_mapping", num_devices=num_devices)
-        for role in training_roles(cfg)
-    }
-
-
-def check_shared_devices(cfg: Config) -> None:
-    """Roles share a device's memory inside one process, which roles have together only where all devices are the same.
-
-    Raises UserError where two training roles share some of their devices only; on a CPU that does no harm.
-    """
-    devices = training_devices(cfg, num_devices=cfg.num_devices)
-    keys: dict[str, str] = {role.name: role.key for role in training_roles(cfg)}
-    for (other, theirs), (role, ranks) in combinations(devices.items(), 2):
-        if ranks != theirs and set(ranks) & set(theirs):
-            key, same = f"{keys[role]}.device_mapping", f"{keys[other]}.device_mapping"
-            raise UserError(
-                f"{key}={show(list(ranks))}: shares some devices, not all, with {same}={show(list(theirs))}, and "
-                f"neither could make room for the other on a GPU; set both the same, or without a common device"
-            )
 
 
 def _batch_sizes(cfg: Config) -> Iterator[str]:
@@ -164,24 +123,6 @@ def _sleep(cfg: Config) -> Iterator[str]:
             f"{key}={level}: contradicts {ROLLOUT}.free_cache_engine=false, which keeps the engine awake; "
             f"set {key}=auto, or {ROLLOUT}.free_cache_engine=true"
         )
-
-
-def _devices(cfg: Config) -> Iterator[str]:
-    if cfg.trainer.nnodes > 1:
-        yield (
-            f"trainer.nnodes={cfg.trainer.nnodes}: weights travel through shared memory, which reaches one node; "
-            "set trainer.nnodes=1"
-        )
-    mappings: dict[str, DeviceMapping] = {}
-    for role in training_roles(cfg):
-        if role.config.device_mapping not in mappings.values():
-            mappings[f"{role.key}.device_mapping"] = role.config.device_mapping
-    mappings[f"{ROLLOUT}.device_mapping"] = cfg.actor_rollout_ref.rollout.device_mapping
-    for key, mapping in mappings.items():
-        try:
-            role_devices(mapping, key, num_devices=cfg.num_devices)
-        except UserError as error:
-            yield str(error)
 
 
 def _megatron(cfg: Config) -> Iterator[str]:
@@ -279,7 +220,7 @@ def _check_resume(cfg: Config) -> None:
 
 
 def _count_devices(mapping: DeviceMapping, key: str, num_devices: int) -> int | None:
-    """Number of devices of a role; None where the mapping itself is wrong, which `_devices` reports."""
+    """Number of devices of a role; None where the mapping itself is wrong, which `device_problems` reports."""
     try:
         return len(role_devices(mapping, key, num_devices=num_devices))
     except UserError:
@@ -299,7 +240,7 @@ _KEY_CHECKS = (
     _token_budgets,
     _engine,
     _sleep,
-    _devices,
+    device_problems,
     _megatron,
     _tensor_parallel,
     estimator_problems,
