@@ -40,6 +40,14 @@ def training_devices(cfg: Config, *, num_devices: int) -> dict[str, tuple[int, .
     }
 
 
+def count_devices(mapping: DeviceMapping, key: str, *, num_devices: int) -> int | None:
+    """Number of devices of a role; None where the mapping itself is wrong, which `device_problems` reports."""
+    try:
+        return len(role_devices(mapping, key, num_devices=num_devices))
+    except UserError:
+        return None
+
+
 def replica_devices(cfg: Config) -> tuple[tuple[int, ...], ...]:
     """The global device ranks of each rollout replica: its tensor-parallel ranks, in the order of the mapping."""
     rollout = cfg.actor_rollout_ref.rollout
