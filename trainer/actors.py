@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from trainer.config.mapping import is_shared, replica_devices, training_devices
 from trainer.config.schema import Config
-from trainer.config.validate import role_devices, training_devices
 from trainer.inputs import Inputs
 from trainer.placement import Cluster, start
 from trainer.specs import rollout_spec
@@ -23,6 +24,7 @@ from workers.rollout.pool import PoolLimits, RolloutPool
 from workers.rollout.vllm.capabilities import of_installed
 from workers.rollout.vllm.replica import CONCURRENCY_GROUPS, VllmReplica
 from workers.sync.buckets import Channel
+from workers.sync.relay import BucketRelay, Routes, far_ranks
 from workers.train_worker import TrainWorker
 
 
@@ -31,6 +33,7 @@ class Workers:
     """All actors of the run. train: role to the group of its ranks; roles on the same devices share one.
 
     beside: of each replica, the training ranks on devices that it uses too. log: takes what replicas say of themselves.
+    channel, routes: how weights get from the actor's ranks to the replicas.
     """
 
     replicas: RolloutPool
@@ -39,6 +42,7 @@ class Workers:
     train: dict[str, WorkerGroup]
     beside: tuple[tuple[WorkerGroup, ...], ...]
     channel: Channel
+    routes: Routes
 
     @property
     def groups(self) -> tuple[WorkerGroup, ...]:
@@ -50,24 +54,28 @@ def start_workers(cfg: Config, inputs: Inputs, cluster: Cluster) -> Workers:
     """Starts every actor; returns at once, while they import what they need."""
     log = RolloutLog(Path(cfg.trainer.default_local_dir).resolve())
     replicas = start_replicas(cfg, inputs, cluster, log)
-    groups: dict[tuple[int, ...], WorkerGroup] = {}
-    train: dict[str, WorkerGroup] = {}
-    for role, ranks in training_devices(cfg, num_devices=len(cluster.devices)).items():
-        if ranks not in groups:
-            groups[ranks] = _start_ranks(cfg, cluster, ranks)
-        train[role] = groups[ranks]
-    beside = tuple(_ranks_on(groups, devices) for devices in _replica_ranks(cfg, len(cluster.devices)))
-    return Workers(replicas, log, _start_scorers(cfg, inputs), train, beside, _channel(cfg, cluster))
+    training, generating = training_devices(cfg, num_devices=cfg.num_devices), replica_devices(cfg)
+    groups = {ranks: _start_ranks(cfg, cluster, ranks) for ranks in dict.fromkeys(training.values())}
+    train = {role: groups[ranks] for role, ranks in training.items()}
+    return Workers(
+        replicas,
+        log,
+        _start_scorers(cfg, inputs),
+        train,
+        tuple(_ranks_on(groups, devices) for devices in generating),
+        _channel(cluster, training["actor"], generating),
+        _routes(cluster, training["actor"], generating),
+    )
 
 
 def start_replicas(cfg: Config, inputs: Inputs, cluster: Cluster, log: RolloutLog) -> RolloutPool:
     """Starts the replicas alone; returns at once."""
     rollout = cfg.actor_rollout_ref.rollout
-    ranks = _replica_ranks(cfg, len(cluster.devices))
+    ranks = replica_devices(cfg)
 
     def start_one(replica: int) -> Any:
         devices = [cluster.devices[r] for r in ranks[replica]]
-        spec = rollout_spec(cfg, inputs, cluster.device_type, devices)
+        spec = rollout_spec(cfg, inputs, cluster.device_type, devices, shared=is_shared(cfg, ranks[replica]))
         return start(VllmReplica, devices[0], spec, replica, concurrency_groups=CONCURRENCY_GROUPS)
 
     limits = PoolLimits(
@@ -84,7 +92,8 @@ def start_replicas(cfg: Config, inputs: Inputs, cluster: Cluster, log: RolloutLo
 
 def _start_scorers(cfg: Config, inputs: Inputs) -> WorkerGroup:
     function = cfg.reward.custom_reward_function
-    actor = ray.remote(RewardWorker).options(num_cpus=0)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(RewardWorker).options(num_cpus=0, scheduling_strategy=here)
     handle = actor.remote(
         RewardSpec(function.path, function.name).resolved(),
         inputs.tokenizer_path,
@@ -97,7 +106,7 @@ def _start_scorers(cfg: Config, inputs: Inputs) -> WorkerGroup:
 
 
 def _start_ranks(cfg: Config, cluster: Cluster, ranks: Sequence[int]) -> WorkerGroup:
-    threads = cluster.threads(len(ranks))
+    threads = cluster.threads(ranks)
     actors = [
         start(
             TrainWorker,
@@ -115,23 +124,20 @@ def _start_ranks(cfg: Config, cluster: Cluster, ranks: Sequence[int]) -> WorkerG
     return WorkerGroup("training", actors)
 
 
-def _channel(cfg: Config, cluster: Cluster) -> Channel:
+def _channel(cluster: Cluster, training: Sequence[int], generating: Sequence[Sequence[int]]) -> Channel:
     """One GPU's memory where a single training rank and every replica use the same one, else shared memory."""
-    generating = _rollout_ranks(cfg, len(cluster.devices))
-    training = training_devices(cfg, num_devices=len(cluster.devices))["actor"]
-    same = cluster.device_type == "cuda" and len(training) == 1 and set(generating) == set(training)
+    devices = {device for replica in generating for device in replica}
+    same = cluster.device_type == "cuda" and len(training) == 1 and devices == set(training)
     return "cuda_ipc" if same else "shared_memory"
 
 
-def _rollout_ranks(cfg: Config, num_devices: int) -> tuple[int, ...]:
-    mapping = cfg.actor_rollout_ref.rollout.device_mapping
-    return role_devices(mapping, "actor_rollout_ref.rollout.device_mapping", num_devices=num_devices)
-
-
-def _replica_ranks(cfg: Config, num_devices: int) -> tuple[tuple[int, ...], ...]:
-    """The global device ranks of each replica."""
-    ranks, size = _rollout_ranks(cfg, num_devices), cfg.actor_rollout_ref.rollout.tensor_model_parallel_size
-    return tuple(ranks[first : first + size] for first in range(0, len(ranks), size))
+def _routes(cluster: Cluster, training: Sequence[int], generating: Sequence[Sequence[int]]) -> Routes:
+    """Where the weights start and end, with a relay on each node that they reach from others."""
+    trainers = tuple(cluster.devices[rank].node for rank in training)
+    replicas = tuple(cluster.devices[devices[0]].node for devices in generating)
+    places = {node: generating[replicas.index(node)][0] for node in far_ranks(trainers, replicas)}
+    relays = {node: start(BucketRelay, cluster.devices[device]) for node, device in places.items()}
+    return Routes(trainers, replicas, relays)
 
 
 def _ranks_on(groups: Mapping[tuple[int, ...], WorkerGroup], devices: Sequence[int]) -> tuple[WorkerGroup, ...]:

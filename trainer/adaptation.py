@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from trainer.config.mapping import is_shared, replica_devices
 from trainer.config.schema import Config
 from trainer.inputs import Inputs
 from trainer.placement import Cluster
@@ -30,7 +31,8 @@ def adapt(cfg: Config, inputs: Inputs, cluster: Cluster) -> Adaptation:
     Raises ValueError for what cannot work on it, naming the key, the version that has it, and what to do.
     """
     can = of_installed(cluster.device_type)
-    spec = rollout_spec(cfg, inputs, cluster.device_type, [cluster.devices[0]])
+    devices = [rank for replica in replica_devices(cfg) for rank in replica]
+    spec = rollout_spec(cfg, inputs, cluster.device_type, [cluster.devices[0]], shared=is_shared(cfg, devices))
     plan = plan_engine(spec, can, os.environ)
     sampling, notice, problem = fit_sampling(sampling_spec(cfg, inputs), can, auto_adapt=spec.auto_adapt)
     problems = [*plan.problems, *([problem] if problem else [])]

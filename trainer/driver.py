@@ -86,6 +86,7 @@ class Driver:
         return {
             "sync/weight_version": float(report.version),
             "sync/bytes": float(report.num_bytes),
+            "sync/bytes_between_nodes": float(report.bytes_between_nodes),
             "sync/parameters": float(report.parameters),
         }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config.errors import raise_problems
+from trainer.config.model import model_problems
 from trainer.config.roles import training_roles
 from trainer.config.schema import Config, ModelConfig
 from trainer.data.dataset import PromptDataset
@@ -63,6 +64,7 @@ def load_inputs(cfg: Config) -> Inputs:
             "directory with a tokenizer, or a hub name this machine can reach"
         ) from error
     fields = config.to_dict()
+    raise_problems(list(model_problems(cfg, fields)))
     check_attention(fields, model.path, longest=cfg.max_sequence_length)
     check_engines(cfg)
     data = cfg.data

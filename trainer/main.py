@@ -1,6 +1,7 @@
 """Train:  python -m trainer.main data.train_files=train.parquet actor_rollout_ref.model.path=org/model [key=value ...]
 
-    python -m trainer.main --config-name quickstart            a recipe in configs/
+    python -m trainer.main --help [clip lr ...]                every key, or those with such a word in them
+    python -m trainer.main --config-name quickstart            a recipe in configs/recipe/
     python -m trainer.main --config-dir my --config-name mine  a recipe of your own: my/mine.yaml
     python -m trainer.main --cfg job [--resolve]               print the configuration and exit
     python -m trainer.main ... trainer.dry_run=true            print roles, devices and batch sizes and exit
@@ -17,17 +18,20 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from shutil import get_terminal_size
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
 from trainer.config.errors import UserError, complain, user_errors
+from trainer.config.help import help_text
 from trainer.config.load import (
     COMPOSE_ERRORS,
     CONFIG_DIR,
     DEFAULT_CONFIG_NAME,
     compose_error,
+    full_name,
     searchpath_override,
     type_tree,
 )
@@ -97,12 +101,16 @@ def _compose(argv: list[str], notices: list[str]) -> tuple[DictConfig | None, li
     if arguments.multirun:
         raise UserError("--multirun: not supported, one process is one run; loop over the settings in the shell")
     overrides = list(arguments.overrides)
+    words = [word for word in overrides if arguments.help and "=" not in word]
+    overrides = [override for override in overrides if override not in words]
     if not arguments.shell_completion:  # its arguments are not overrides
         overrides, changed = prepare_overrides(overrides)
         notices += changed
     if arguments.config_path is not None:
         overrides.append(searchpath_override())
-    flags = [argument for argument in argv if argument not in arguments.overrides]
+    flags = [argument for argument in argv if argument not in arguments.overrides and not _asks_for_help(argument)]
+    if arguments.config_name is not None:
+        flags += ["--config-name", full_name(arguments.config_name, *_config_dirs(arguments))]
     composed: list[DictConfig] = []
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=DEFAULT_CONFIG_NAME)
@@ -115,7 +123,15 @@ def _compose(argv: list[str], notices: list[str]) -> tuple[DictConfig | None, li
         except COMPOSE_ERRORS as error:
             name = arguments.config_name or DEFAULT_CONFIG_NAME
             raise compose_error(error, name, *_config_dirs(arguments)) from error
+    if arguments.help and composed:
+        print(help_text(composed[0], words, width=get_terminal_size().columns))
+        return None, overrides
     return (composed[0] if composed else None), overrides
+
+
+def _asks_for_help(argument: str) -> bool:
+    """Hydra's own help does not say what a key means."""
+    return argument == "-h" or argument.startswith("--he")
 
 
 @contextmanager

@@ -1,51 +1,59 @@
-"""Roles onto devices: a Ray cluster, one placement group per node, one bundle per device.
+"""Roles onto devices: a Ray cluster, and one placement group with a bundle for each device that a role uses.
 
 A device is a GPU, or a worker slot of one CPU where there is none. Devices are numbered globally, node by node. Actors
-of several roles on one device share it in time; each takes its device by number, so Ray's bundles only reserve it.
+of several roles on one device share it in time; each takes its device by number, so Ray's bundles only reserve it, on
+the node that the number says.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
 import torch
 import torch.distributed as dist
+from ray.util import placement_group_table
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from trainer.config.mapping import check_shared_devices, used_devices
 from trainer.config.schema import Config
-from trainer.config.validate import check_shared_devices
+from trainer.nodes import RayNode, check_capacity, choose_nodes, living_nodes
 
 DeviceType = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One device of the cluster: its bundle, and its number on its node (a CUDA device index; 0 on CPU)."""
+    """One device: its bundle, the number of its node, and its own there (a CUDA device index; 0 on CPU).
+
+    bundle None: no role uses it, and it is not reserved.
+    """
 
     group: PlacementGroup
-    bundle: int
+    bundle: int | None
     node: int
     local_index: int
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """The reserved devices, in global order."""
+    """All devices that the configuration names, in global order. cpus_per_node: cores of the node with the fewest."""
 
     device_type: DeviceType
     devices: tuple[Device, ...]
     cpus_per_node: int
     groups: tuple[PlacementGroup, ...]
 
-    def threads(self, num_ranks: int) -> int:
-        """CPU threads each of `num_ranks` training processes may use: the cores of its node, shared evenly."""
-        return max(1, self.cpus_per_node * len(self.groups) // num_ranks)
+    def threads(self, ranks: Sequence[int]) -> int:
+        """CPU threads each training process on these devices may use: the cores of a node, shared evenly."""
+        busiest = max(Counter(self.devices[rank].node for rank in ranks).values())
+        return max(1, self.cpus_per_node // busiest)
 
     def release(self) -> None:
         """Gives the devices back."""
@@ -91,7 +99,7 @@ def device_type(cfg: Config) -> DeviceType:
 
 
 def reserve(cfg: Config) -> Cluster:
-    """Reserves nnodes x n_gpus_per_node devices.
+    """Reserves the devices that roles use, of nnodes x n_gpus_per_node.
 
     Raises ValueError at once where the cluster does not have them, roles cannot share them, or PyTorch cannot connect
     them, and where they do not come free in trainer.startup_timeout_s.
@@ -101,22 +109,22 @@ def reserve(cfg: Config) -> Cluster:
     if kind == "cuda":
         check_shared_devices(cfg)
     resource = "GPU" if kind == "cuda" else "CPU"
-    per_node, nnodes = cfg.trainer.n_gpus_per_node, cfg.trainer.nnodes
-    _check_capacity(resource, per_node, nnodes)
-    bundle = {"CPU": 1.0, "GPU": 1.0} if kind == "cuda" else {"CPU": 1.0}
-    groups = tuple(placement_group([bundle] * per_node, strategy="STRICT_PACK") for _ in range(nnodes))
-    _wait_for(groups, cfg.trainer.startup_timeout_s, resource)
-    devices = [
-        Device(group, number, node, local)
-        for node, group in enumerate(groups)
-        for number, local in enumerate(_local_indices(group, per_node, kind))
-    ]
-    cpus = int(min(n["Resources"].get("CPU", 1) for n in ray.nodes() if n["Alive"]))
-    return Cluster(kind, tuple(devices), cpus, groups)
+    per_node, used = cfg.trainer.n_gpus_per_node, used_devices(cfg)
+    wanted = Counter(rank // per_node for rank in used)
+    nodes = living_nodes(resource)
+    check_capacity(nodes, resource, per_node=per_node, nnodes=cfg.trainer.nnodes, needed=len(wanted))
+    chosen = choose_nodes(nodes, wanted, per_node=per_node)
+    group = _reserve(kind, [chosen[rank // per_node] for rank in used], cfg.trainer.startup_timeout_s, resource)
+    indices = _local_indices(group, [rank // per_node for rank in used], kind)
+    devices = [Device(group, None, rank // per_node, 0) for rank in range(cfg.num_devices)]
+    for bundle, (rank, index) in enumerate(zip(used, indices, strict=True)):
+        devices[rank] = Device(group, bundle, rank // per_node, index)
+    return Cluster(kind, tuple(devices), min(node.cpus for node in chosen.values()), (group,))
 
 
 def start(actor: type, device: Device, *args: object, concurrency_groups: dict[str, int] | None = None) -> Any:
     """Starts an actor of a plain class beside a device's bundle. concurrency_groups: threads of each, by name."""
+    assert device.bundle is not None, "no role uses this device"
     strategy = PlacementGroupSchedulingStrategy(device.group, placement_group_bundle_index=device.bundle)
     options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": strategy}
     if concurrency_groups:
@@ -133,55 +141,39 @@ def check_gloo() -> None:
         )
 
 
-def _check_capacity(resource: str, per_node: int, nnodes: int) -> None:
-    counts = sorted((int(n["Resources"].get(resource, 0)) for n in ray.nodes() if n["Alive"]), reverse=True)
-    enough = [c for c in counts if c >= per_node]
-    if len(enough) >= nnodes:
-        return
-    raise ValueError(
-        f"trainer.nnodes={nnodes} x trainer.n_gpus_per_node={per_node}: Ray has {len(counts)} node(s) with "
-        f"{counts} {resource}s; {_remedy(resource, counts, nnodes)}"
-    )
-
-
-def _remedy(resource: str, counts: Sequence[int], nnodes: int) -> str:
-    """What to set so that it fits. counts: devices of each node, descending."""
-    if not counts:
-        return "start Ray nodes first"
-    if not any(counts) and resource == "GPU":
-        return "set trainer.device=cpu, or start Ray where its nodes have GPUs"
-    if len(counts) < nnodes:
-        return f"set trainer.nnodes={len(counts)} or start more Ray nodes"
-    if counts[nnodes - 1]:
-        return f"set trainer.n_gpus_per_node={counts[nnodes - 1]}"
-    return f"set trainer.nnodes={sum(count > 0 for count in counts)}"
-
-
-def _wait_for(groups: Sequence[PlacementGroup], timeout_s: float, resource: str) -> None:
-    pending = [g.ready() for g in groups]
-    _, late = ray.wait(pending, num_returns=len(pending), timeout=min(timeout_s, 60.0))
-    if late:
-        free = int(ray.available_resources().get(resource, 0))
-        for group in groups:
-            remove_placement_group(group)
+def _reserve(kind: DeviceType, places: Sequence[RayNode], timeout_s: float, resource: str) -> PlacementGroup:
+    """A bundle on each of these nodes, all or none. Raises ValueError if they do not come free in time."""
+    bundle = {"CPU": 1.0, "GPU": 1.0} if kind == "cuda" else {"CPU": 1.0}
+    selectors = [{node.label: node.node_id} for node in places]
+    group: PlacementGroup = placement_group([bundle] * len(places), strategy="PACK", bundle_label_selector=selectors)
+    if not ray.wait([group.ready()], timeout=min(timeout_s, 60.0))[0]:
+        remove_placement_group(group)
+        free = sum(node.free for node in living_nodes(resource) if node.node_id in {place.node_id for place in places})
         raise ValueError(
             f"trainer.n_gpus_per_node: the cluster has the {resource}s asked for, but only {free} are free; "
             "another job holds them: end it, or ask for fewer devices"
         )
+    placed: Mapping[int, str] = placement_group_table(group)["bundles_to_node_id"]
+    assert [placed[number] for number in range(len(places))] == [node.node_id for node in places], placed
+    return group
 
 
-def _local_indices(group: PlacementGroup, count: int, kind: DeviceType) -> list[int]:
-    """CUDA device numbers of the bundles, which only a process inside the bundle can tell."""
+def _local_indices(group: PlacementGroup, nodes: Sequence[int], kind: DeviceType) -> list[int]:
+    """CUDA device numbers for the bundles, ascending on each node. nodes: number of each bundle's.
+
+    Only a process inside a bundle can tell which GPU it got.
+    """
     if kind == "cpu":
-        return [0] * count
+        return [0] * len(nodes)
     probe = ray.remote(num_cpus=0, num_gpus=1)(_visible_gpu)
     refs = [
         probe.options(
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i)
         ).remote()
-        for i in range(count)
+        for i in range(len(nodes))
     ]
-    return [int(i) for i in ray.get(refs, timeout=120)]
+    found = sorted(zip(nodes, map(int, ray.get(refs, timeout=120)), strict=True))
+    return [number for _, number in found]
 
 
 def _visible_gpu() -> str:

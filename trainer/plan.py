@@ -8,9 +8,9 @@ from rich.console import Console
 
 from trainer.adaptation import Adaptation
 from trainer.checkpoint import Checkpoint
+from trainer.config.mapping import role_devices
 from trainer.config.roles import TrainingRole, training_roles
 from trainer.config.schema import Config, DeviceMapping
-from trainer.config.validate import role_devices
 from trainer.inputs import Inputs
 from trainer.placement import Cluster
 from trainer.specs import Sizes

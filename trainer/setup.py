@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import ray
 
@@ -12,13 +13,13 @@ from trainer.config.roles import training_roles
 from trainer.config.schema import Config
 from trainer.driver import Driver
 from trainer.engines import offloads
-from trainer.inputs import Inputs
+from trainer.inputs import Inputs, absolute
 from trainer.memory import TrainingMemory
 from trainer.sources import SyncSource
 from trainer.specs import Sizes, engine_specs
 from trainer.tracking.phases import Phases
 from workers.engines.base import EngineSpec
-from workers.group import WorkerGroup
+from workers.group import WorkerError, WorkerGroup
 from workers.reward.worker import RewardWorker
 from workers.rollout.spec import SamplingSpec
 from workers.settings import Auto
@@ -35,6 +36,7 @@ def build(
     one afterwards, each placed before the next.
     """
     timeout_s = cfg.trainer.startup_timeout_s
+    check_paths(cfg, inputs, workers.groups)
     for group in workers.groups:
         host, port = ray.get(group.actors[0].rendezvous.remote(), timeout=timeout_s)
         group.broadcast(TrainWorker.connect, host, port).result(timeout_s)
@@ -48,6 +50,21 @@ def build(
     place_engines(workers.train, specs, offload, prepared=ahead, timeout_s=timeout_s)
     workers.scorers.broadcast(RewardWorker.ping).result(timeout_s)
     return assemble(cfg, inputs, Running(workers.train, source, _sync(cfg, workers), phases), sizes, sampling)
+
+
+def check_paths(cfg: Config, inputs: Inputs, groups: Sequence[WorkerGroup]) -> None:
+    """Raises WorkerError unless every training rank sees what the driver does: the models, and the run directory."""
+    critic = {absolute(cfg.critic.model.path): "critic.model.path"} if cfg.use_critic else {}
+    named = critic | {inputs.model_path: "actor_rollout_ref.model.path"}
+    named[str(Path(cfg.trainer.default_local_dir).resolve())] = "trainer.default_local_dir"
+    paths = [path for path in named if Path(path).is_absolute() and Path(path).exists()]  # others are names on the hub
+    for group in groups:
+        for rank, unseen in enumerate(group.broadcast(TrainWorker.unseen, paths).result(cfg.trainer.startup_timeout_s)):
+            for path in unseen:
+                raise WorkerError(
+                    f"{named[path]}={path}: training rank {rank} is on a node that does not have it; put it where all "
+                    "nodes see it under the same name"
+                )
 
 
 def read_ahead(specs: Mapping[str, EngineSpec], num_ranks: int) -> tuple[str, ...]:
@@ -97,6 +114,6 @@ def _source(cfg: Config, workers: Workers, phases: Phases) -> SyncSource:
 
 def _sync(cfg: Config, workers: Workers) -> WeightSync:
     rollout = cfg.actor_rollout_ref.rollout
-    sync = WeightSync(workers.train["actor"], workers.replicas, "actor", cfg.trainer.step_timeout_s)
+    sync = WeightSync(workers.train["actor"], workers.replicas, "actor", cfg.trainer.step_timeout_s, workers.routes)
     sync.open(rollout.dtype, rollout.update_weights_bucket_megabytes << 20, workers.channel)
     return sync

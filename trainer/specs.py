@@ -53,8 +53,8 @@ def sampling_spec(cfg: Config, inputs: Inputs) -> SamplingSpec:
     )
 
 
-def rollout_spec(cfg: Config, inputs: Inputs, kind: DeviceType, devices: list[Device]) -> RolloutSpec:
-    """One replica on its devices."""
+def rollout_spec(cfg: Config, inputs: Inputs, kind: DeviceType, devices: list[Device], *, shared: bool) -> RolloutSpec:
+    """One replica on its devices. shared: with training; else there is nobody to give memory back to."""
     rollout, model = cfg.actor_rollout_ref.rollout, cfg.actor_rollout_ref.model
     return RolloutSpec(
         model_path=inputs.model_path,
@@ -73,7 +73,7 @@ def rollout_spec(cfg: Config, inputs: Inputs, kind: DeviceType, devices: list[De
         enable_chunked_prefill=rollout.enable_chunked_prefill,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         kv_cache_gb=rollout.kv_cache_gb or (1.0 if kind == "cpu" else None),
-        free_cache_engine=rollout.free_cache_engine,
+        free_cache_engine=rollout.free_cache_engine and (shared or rollout.sleep_level != "auto"),
         sleep_level=rollout.sleep_level,
         load_format=rollout.load_format,
         seed=rollout.seed,

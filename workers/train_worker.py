@@ -7,7 +7,6 @@ from the replicas that made them. Results that only other workers need go back t
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -105,11 +104,16 @@ class TrainWorker:
         self._cached: tuple[str, Batch] | None = None
         self._store: Any = None
 
+    def unseen(self, paths: Sequence[str]) -> list[str]:
+        """Those of the driver's paths that do not exist on this node."""
+        return [path for path in paths if not Path(path).exists()]
+
     def rendezvous(self) -> tuple[str, int]:
         """Rank 0 opens the store the others meet at; the port is the system's choice and never let go."""
+        import ray
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-        host = socket.gethostbyname(socket.gethostname()) if self._device_type == "cuda" else "127.0.0.1"
+        host = ray.util.get_node_ip_address()  # at which Ray's own processes on other nodes reach this one
         self._store = TCPStore(host, 0, self._world_size, is_master=True, timeout=self._timeout, wait_for_workers=False)
         return host, int(self._store.port)
 
@@ -128,6 +132,8 @@ class TrainWorker:
         else:
             torch.cuda.set_device(0)
         self._memory = DeviceMemory(meter_of(self._device_type))
+        if (interface := _interface()) is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         if self._store is None:
             self._store = TCPStore(host, port, self._world_size, timeout=self._timeout)
         dist.init_process_group(
@@ -218,6 +224,12 @@ class TrainWorker:
         with self._use("publish", published.role, "weights", wanted_bytes=wanted, keep=more):
             return published.writer.write(published.shards, number)
 
+    def publish_bucket_far(self, number: int, wanted: bool) -> tuple[Bucket, npt.NDArray[np.uint8]]:
+        """Like `publish_bucket`, and the bytes for the object store if another node wants them."""
+        bucket = self.publish_bucket(number)
+        assert self._published is not None
+        return bucket, self._published.writer.content(bucket, number) if wanted else np.empty(0, dtype=np.uint8)
+
     def save(self, role: str, directory: str) -> None:
         """Writes a role's state (collective)."""
         with self._use("save", role, "weights", "optimizer"):
@@ -255,6 +267,17 @@ class TrainWorker:
         for column in columns:
             batch.set_column(column.name, _collect(column, wanted))
         return batch
+
+
+def _interface() -> str | None:
+    """The network interface with the address that Ray knows this node by, for gloo, which looks the host's name up: on
+    many machines that is an address which other nodes cannot reach."""
+    import psutil
+    import ray
+
+    address = ray.util.get_node_ip_address()
+    named = ((name, each.address) for name, addresses in psutil.net_if_addrs().items() for each in addresses)
+    return next((name for name, own in named if own == address), None)
 
 
 def _collect(column: Column, wanted: RankBatch) -> FlatArray:

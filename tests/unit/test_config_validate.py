@@ -10,7 +10,8 @@ import pytest
 
 from trainer.config.inputs import check_model_path, check_reward_function, find_data_files
 from trainer.config.load import load_config
-from trainer.config.validate import role_devices, validate
+from trainer.config.mapping import role_devices
+from trainer.config.validate import validate
 
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
@@ -240,7 +241,13 @@ def test_what_megatron_cannot_do(base: list[str], overrides: list[str], problem:
     [
         [f"{ACTOR}.strategy=megatron", f"{TENSOR}=2", f"{PIPELINE}=2"],
         [f"{ACTOR}.strategy=megatron", f"{TENSOR}=8", "critic.strategy=fsdp", "critic.device_mapping=0-2"],
-        [f"{ACTOR}.strategy=megatron", f"{TENSOR}=8", "data.train_batch_size=1", f"{ACTOR}.ppo_mini_batch_size=1"],
+        [
+            f"{ACTOR}.strategy=megatron",
+            f"{TENSOR}=8",
+            "data.train_batch_size=1",
+            f"{ACTOR}.ppo_mini_batch_size=1",
+            f"{ROLLOUT}.tensor_model_parallel_size=8",
+        ],
         ["critic.strategy=megatron", "critic.megatron.tensor_model_parallel_size=4"],
         [f"{ACTOR}.strategy=megatron", f"{TENSOR}=2", "critic.megatron.tensor_model_parallel_size=4"],
     ],
@@ -322,8 +329,13 @@ def test_notices(base: list[str], overrides: list[str], notice: str) -> None:
     assert notice in notices[0]
 
 
-def test_no_notice_without_the_monitor(base: list[str]) -> None:
-    assert validate(load_config([*base, f"{ROLLOUT}.top_p=0.9", f"{ROLLOUT}.calculate_log_probs=false"])) == []
+def test_a_truncated_sampler_is_told_without_the_monitor_too(base: list[str]) -> None:
+    (notice,) = validate(load_config([*base, f"{ROLLOUT}.top_p=0.9", f"{ROLLOUT}.calculate_log_probs=false"]))
+    assert notice == (
+        f"{ROLLOUT}.top_p=0.9: the sampler draws from a truncated distribution and the trainer scores with the full "
+        f"one, so ratios and gradients are not those of what was sampled; {ROLLOUT}.top_p=1.0 and {ROLLOUT}.top_k=-1 "
+        "sample from all tokens"
+    )
 
 
 def test_greedy_validation_repeats_itself(base: list[str]) -> None:

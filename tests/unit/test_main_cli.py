@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from trainer import main as cli
+from trainer.config.keys import known_keys
 from trainer.config.schema import Config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,6 +58,26 @@ def test_help_says_how_to_run_it(tmp_path: Path) -> None:
     assert result.stdout.startswith("python -m trainer.main [--config-name NAME] [key=value ...]")
     assert "train_batch_size: 1024" in result.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_explains_every_key(tmp_path: Path) -> None:
+    lines = command(tmp_path, "--help").stdout.splitlines()
+    (line,) = [line for line in lines if line.startswith("  total_epochs: 30 ")]
+    assert line.endswith("passes over the training prompts")
+    assert any("quickstart" in line for line in lines[:6]), "the recipes"
+    values = [line for line in lines if line.startswith("  ") and ": " in line[:60]]
+    assert len(values) >= len(known_keys().leaves)
+
+
+def test_help_for_some_keys_with_the_values_of_this_command(tmp_path: Path) -> None:
+    result = command(tmp_path, "--config-name", "quickstart", "--help", "clip_ratio", "train_batch", "data.seed=5")
+    assert result.returncode == 0
+    assert "  clip_ratio_high: as actor_rollout_ref.actor.clip_ratio\n" in result.stdout
+    assert "  train_batch_size: 64  " in result.stdout and "(default: 1024)" in result.stdout
+    assert "max_prompt_length" not in result.stdout and "seed" not in result.stdout
+    result = command(tmp_path, "-h", "enforce_eagr")
+    assert result.returncode == 2
+    assert "no key has such a word in its name; there is actor_rollout_ref.rollout.enforce_eager" in result.stderr
 
 
 def test_cfg_job_prints_the_configuration(tmp_path: Path) -> None:

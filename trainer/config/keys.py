@@ -12,6 +12,19 @@ from pydantic import BaseModel
 from trainer.config.schema import Config
 
 _LIST_ALL = "`python -m trainer.main --cfg job` lists every key"
+_USUALLY_MEANT = (
+    "path",
+    "train_files",
+    "loss_mode",
+    "adv_estimator",
+    "enable",
+    "name",
+    "type",
+    "strategy",
+    "lr",
+    "address",
+)
+"""The key of a section that its name alone is most likely to stand for, e.g. `actor_rollout_ref.model=org/model`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +70,10 @@ def unknown_key(key: str, value: str, known: KnownKeys) -> str:
 def replaced_section(key: str, value: str, known: KnownKeys) -> str:
     """Word the complaint about a section that was given a value."""
     below = sorted(name for name in known.leaves | known.sections if name.startswith(f"{key}."))
-    return f"{key}={value}: {key} is a section, not a value; set a key below it, such as {below[0]}"
+    meant = next((f"{key}.{name}" for name in _USUALLY_MEANT if f"{key}.{name}" in known.leaves), None)
+    given = value not in ("", "null") and not value.startswith(("[", "{"))
+    remedy = f"{meant}={value}" if meant and given else meant or below[0]
+    return f"{key}={value}: {key} is a section, not a value; set a key below it, such as {remedy}"
 
 
 def _collect(model: type[BaseModel], prefix: str, leaves: set[str], sections: set[str], free_form: set[str]) -> None:

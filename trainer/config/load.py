@@ -28,6 +28,7 @@ from trainer.config.overrides import overridden_keys, prepare_overrides
 from trainer.config.schema import Config
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+RECIPE_DIR = CONFIG_DIR / "recipe"
 DEFAULT_CONFIG_NAME = "ppo_trainer"
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 """What Hydra raises while it reads and merges the YAML; `compose_error` words them."""
@@ -51,7 +52,7 @@ def load_config(
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(config_dir.resolve()), version_base="1.3"):
-            tree = compose(config_name=config_name, overrides=prepared)
+            tree = compose(config_name=full_name(config_name, config_dir), overrides=prepared)
     except COMPOSE_ERRORS as error:
         raise compose_error(error, config_name, config_dir) from error
     config, more = type_tree(tree, overrides=prepared)
@@ -92,6 +93,13 @@ def type_tree(tree: DictConfig, *, overrides: Sequence[str] = ()) -> tuple[Confi
         raise
 
 
+def full_name(config_name: str, *config_dirs: Path) -> str:
+    """The name that Hydra knows a configuration by: a recipe may be named without its folder, `recipe/`."""
+    name = config_name.removesuffix(".yaml")
+    found = any((directory / f"{name}.yaml").is_file() for directory in config_dirs)
+    return f"{RECIPE_DIR.name}/{name}" if not found and (RECIPE_DIR / f"{name}.yaml").is_file() else config_name
+
+
 def compose_error(error: Exception, config_name: str, *config_dirs: Path) -> UserError:
     """Word an error of `COMPOSE_ERRORS` for the user."""
     if isinstance(error, MissingConfigException):
@@ -103,13 +111,13 @@ def compose_error(error: Exception, config_name: str, *config_dirs: Path) -> Use
 
 
 def searchpath_override() -> str:
-    """The override that lets a configuration outside `configs/` start from `ppo_trainer`."""
-    return f"hydra.searchpath=['file://{CONFIG_DIR}']"
+    """The override that lets a configuration outside `configs/` start from `ppo_trainer`, or from a recipe."""
+    return f"hydra.searchpath=['file://{CONFIG_DIR}','file://{RECIPE_DIR}']"
 
 
 def _no_such_config(name: str, config_dirs: Sequence[Path]) -> str:
     names = sorted(
-        path.relative_to(directory).with_suffix("").as_posix()
+        path.relative_to(directory).with_suffix("").as_posix().removeprefix(f"{RECIPE_DIR.name}/")
         for directory in config_dirs
         for path in directory.rglob("*.yaml")
     )

@@ -51,14 +51,20 @@ def _sleep_level(value: object) -> object:
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
-MinusOneOrPositive = Annotated[int, AfterValidator(_minus_one_or_positive)]
+MinusOneOrPositive = Annotated[
+    int, AfterValidator(_minus_one_or_positive), Field(description="-1, or whole number > 0")
+]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1, description="number from 0 to 1")]
 Name = Annotated[str, Field(min_length=1)]
-LocalPath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
-Files = Annotated[tuple[LocalPath, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
-DeviceMapping = Annotated[str | list[int] | None, BeforeValidator(_rank_as_text)]
+LocalPath = Annotated[str, Field(min_length=1, description="path"), AfterValidator(os.path.expanduser)]
+Files = Annotated[
+    tuple[LocalPath, ...], BeforeValidator(_one_or_many), Field(min_length=1, description="path, glob, or list of them")
+]
+DeviceMapping = Annotated[
+    str | list[int] | None, BeforeValidator(_rank_as_text), Field(description="ranks: 0-7, 0,2,5-6 or [0,1], or null")
+]
 """Global device ranks, read by `devices.parse_device_mapping`; None: every device."""
 
 LossAggMode = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
@@ -366,7 +372,7 @@ class RolloutCorrectionConfig(Section):
 class AlgorithmConfig(Section):
     """`algorithm`: advantages and the KL in the reward."""
 
-    adv_estimator: Annotated[str, AfterValidator(_estimator)]
+    adv_estimator: Annotated[str, AfterValidator(_estimator), Field(description="name, or module:function")]
     adv_params: dict[str, Any]
     gamma: Share
     lam: Share

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -92,6 +93,11 @@ class BucketWriter:
             offset += local.numel() * itemsize
         buffer.finish()
         return Bucket(buffer.address, self._dtype_name, tuple(pieces), total, bits % (1 << 64))
+
+    def content(self, bucket: Bucket, number: int) -> npt.NDArray[np.uint8]:
+        """The bytes of bucket `number`, which was just written: a view of shared memory."""
+        content: npt.NDArray[np.uint8] = self._buffers[number % 2].view(bucket.num_bytes).numpy()
+        return content
 
     def _size(self, shards: Sequence[Shard], chosen: Sequence[int]) -> int:
         """Of this rank's rows of these parameters, bytes."""

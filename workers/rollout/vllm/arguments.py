@@ -5,53 +5,19 @@ Pure: decided from the capabilities before anything starts, on the driver, and a
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from workers.determinism import ENVIRONMENT
 from workers.rollout.spec import RolloutSpec, SamplingSpec
 from workers.rollout.vllm.capabilities import OLDEST, Capabilities, first_with
+from workers.rollout.vllm.passthrough import ROLLOUT, passed_through_problems
 
 EXTENSION = "workers.rollout.vllm.extension.TandemWorkerExtension"
 WORKER = "workers.rollout.vllm.worker.TandemWorker"
-ROLLOUT = "actor_rollout_ref.rollout"
-
-_HISTORY = Path(__file__).with_name("engine_arguments.json")
-"""Every argument `EngineArgs` ever had, with its first and last release; made by scripts/vllm_versions.py."""
-
-_MODEL = "actor_rollout_ref.model"
-_KEYS = {
-    "model": f"{_MODEL}.path",
-    "tokenizer": f"{_MODEL}.tokenizer_path",
-    "trust_remote_code": f"{_MODEL}.trust_remote_code",
-    "hf_overrides": f"{_MODEL}.override_config",
-    "tensor_parallel_size": f"{ROLLOUT}.tensor_model_parallel_size",
-    "kv_cache_memory_bytes": f"{ROLLOUT}.kv_cache_gb",
-    "enable_sleep_mode": f"{ROLLOUT}.free_cache_engine",
-} | {
-    name: f"{ROLLOUT}.{name}"
-    for name in (
-        "dtype",
-        "max_model_len",
-        "max_num_seqs",
-        "max_num_batched_tokens",
-        "enforce_eager",
-        "enable_prefix_caching",
-        "enable_chunked_prefill",
-        "load_format",
-        "seed",
-        "gpu_memory_utilization",
-    )
-}
-"""Arguments that have a key of their own; the rest may be passed through."""
-
-_OURS = ("skip_tokenizer_init", "worker_extension_cls", "worker_cls", "logprobs_mode", "generation_config")
 
 
 @dataclass(frozen=True)
@@ -81,7 +47,8 @@ def plan_engine(spec: RolloutSpec, can: Capabilities, environ: Mapping[str, str]
         variables |= fit.environment
     told = [fit.text for fit in fitted if fit.text]
     notices, problems = (told, []) if spec.auto_adapt else ([], told)
-    problems += [*_impossible(spec, can), *_unknown_arguments(spec, can), *_undoes_determinism(spec, can)]
+    problems += [*_impossible(spec, can), *passed_through_problems(spec, can, level=sleep_level(spec))]
+    problems += _undoes_determinism(spec, can)
     return EnginePlan(
         arguments=arguments | dict(spec.engine_kwargs),
         environment=variables,
@@ -280,36 +247,6 @@ def _impossible(spec: RolloutSpec, can: Capabilities) -> Iterator[str]:
             f"{ROLLOUT}.kv_cache_gb={spec.kv_cache_gb}: vLLM {can.version} sizes its cache by a share of the GPU only; "
             f"set {ROLLOUT}.kv_cache_gb=null and gpu_memory_utilization, or install vLLM 0.10.2 or later"
         )
-
-
-def _unknown_arguments(spec: RolloutSpec, can: Capabilities) -> Iterator[str]:
-    """Pass-through arguments that this version's EngineArgs does not have, or that are ours to set."""
-    for name, value in spec.engine_kwargs.items():
-        key = f"{ROLLOUT}.engine_kwargs.vllm.{name}={value}"
-        if name in _KEYS:
-            yield f"{key}: this argument has a key of its own; set {_KEYS[name]} instead"
-        elif name in _OURS:
-            yield f"{key}: Tandem needs this argument as it sets it; take it out"
-        elif name not in can.engine_arguments:
-            yield f"{key}: vLLM {can.version} has no such argument; {_advice(name, can)}"
-
-
-def _advice(name: str, can: Capabilities) -> str:
-    history = _history().get(name)
-    if history is not None:
-        first, last = history
-        had = f"vLLM {first} and later have it" if last is None else f"vLLM {first} to {last} had it"
-        return f"{had}; take it out, or install such a version"
-    near = difflib.get_close_matches(name, can.engine_arguments, n=1)
-    return f"did you mean {near[0]}?" if near else "take it out"
-
-
-@lru_cache(maxsize=1)
-def _history() -> dict[str, tuple[str, str | None]]:
-    if not _HISTORY.is_file():
-        return {}
-    table: dict[str, tuple[str, str | None]] = json.loads(_HISTORY.read_text(encoding="utf-8"))
-    return table
 
 
 def _choices(spec: RolloutSpec, can: Capabilities) -> Iterator[tuple[str, str, str]]:

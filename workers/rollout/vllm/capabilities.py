@@ -8,12 +8,13 @@ Standard library and `packaging` only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 from workers.rollout.vllm import installed
 from workers.rollout.vllm.installed import Sources
+from workers.rollout.vllm.kinds import Kinds
 
 try:
     from packaging.version import Version
@@ -64,6 +65,7 @@ class Capabilities:
     schedules_by_time: with asynchronous scheduling, what is computed together hangs on whether a step has ended yet.
     combo_kernels: it lets inductor combine kernels where that measures faster.
     cache_counts_others: what other processes hold of a GPU when it starts makes its KV cache that much smaller.
+    kinds: what values its engine arguments take; None: not looked at.
     """
 
     version: Version
@@ -91,6 +93,7 @@ class Capabilities:
     schedules_by_time: bool
     combo_kernels: bool
     cache_counts_others: bool = False
+    kinds: Kinds | None = field(default=None, compare=False, repr=False)
 
     @property
     def known(self) -> bool:
@@ -145,6 +148,7 @@ def look_up(sources: Sources, version: Version, device: Device = "cuda") -> Capa
         schedules_by_time="batch_queue[-1][0].done()" in sources.text("v1.engine.core"),
         combo_kernels='inductor_compile_config["combo_kernels"]' in sources.text("config.compilation"),
         cache_counts_others="total_allocated_bytes - torch_allocated_bytes" in sources.text("v1.worker.gpu_worker"),
+        kinds=Kinds(sources),
     )
 
 

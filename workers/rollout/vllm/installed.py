@@ -81,6 +81,36 @@ class Sources:
             if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
         )
 
+    def annotations(self, module: str, cls: str) -> dict[str, tuple[ast.expr, ast.expr | None, str]]:
+        """Of each field: its annotation, its default, and the module to read the annotation in."""
+        found: dict[str, tuple[ast.expr, ast.expr | None, str]] = {}
+        for where, body in self._places(module, cls):
+            for statement in body:
+                if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                    found.setdefault(statement.target.id, (statement.annotation, statement.value, where))
+        return found
+
+    def definition(self, module: str, name: str) -> tuple[ast.ClassDef | ast.expr, str] | None:
+        """The class, or the value of the alias, that a name of a module stands for, and the module it is in.
+
+        None: it comes from outside vLLM, or is something else.
+        """
+        seen: set[tuple[str, str]] = set()
+        queue = [(module, name)]
+        while queue:
+            where, wanted = place = queue.pop(0)
+            if place in seen:
+                continue
+            seen.add(place)
+            for statement in _flat(self._tree(where).body):
+                if isinstance(statement, ast.ClassDef) and statement.name == wanted:
+                    return statement, where
+                value = _assigned(statement, wanted)
+                if value is not None:
+                    return value, where
+            queue += self._imported_from(where, wanted)
+        return None
+
     def members(self, module: str, cls: str) -> frozenset[str]:
         """Methods and attributes a class has by its body, those of bases inside vLLM included."""
         return frozenset(n for body in self._bodies(module, cls) for s in body for n in _bound(s))
@@ -116,7 +146,10 @@ class Sources:
             raise ValueError(f"vLLM's {module} in {self._root} is not whole: {error}; install vLLM again") from error
 
     def _bodies(self, module: str, cls: str) -> Iterator[list[ast.stmt]]:
-        """The class's body, then those of its bases, as far as they are found inside vLLM."""
+        return (body for _, body in self._places(module, cls))
+
+    def _places(self, module: str, cls: str) -> Iterator[tuple[str, list[ast.stmt]]]:
+        """The class's body, then those of its bases, as far as they are found inside vLLM, each with its module."""
         seen: set[tuple[str, str]] = set()
         queue = [(module, cls)]
         while queue:
@@ -130,7 +163,7 @@ class Sources:
             if definition is None:
                 queue += self._imported_from(where, name)
                 continue
-            yield definition.body
+            yield where, definition.body
             queue += [(where, base.id) for base in definition.bases if isinstance(base, ast.Name)]
 
     def _imported_from(self, module: str, name: str) -> list[tuple[str, str]]:
@@ -161,6 +194,15 @@ def _bound(statement: ast.stmt) -> list[str]:
     if isinstance(statement, ast.Assign):
         return [target.id for target in statement.targets if isinstance(target, ast.Name)]
     return []
+
+
+def _assigned(statement: ast.stmt, name: str) -> ast.expr | None:
+    """What a statement assigns to a name: `name = value`, `name: TypeAlias = value`."""
+    targets = statement.targets if isinstance(statement, ast.Assign) else []
+    if isinstance(statement, ast.AnnAssign):
+        targets = [statement.target]
+    named = any(isinstance(target, ast.Name) and target.id == name for target in targets)
+    return statement.value if named and isinstance(statement, (ast.Assign, ast.AnnAssign)) else None
 
 
 def _written_version(root: Path) -> str | None:
