@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.config.roll.tree import Translation
+from trainer.config.roll.tree import Options, Translation
 
 _ACTOR = "actor_rollout_ref.actor"
 _UNBOUNDED = 1.0e9
@@ -185,21 +185,20 @@ def _correction(into: Translation) -> None:
 def _rejection(into: Translation, ours: str) -> bool:
     """ROLL's filters by ratio, trainer / sampler, as ours, whose bounds are of sampler / trainer."""
     path, statistics, bounds = "train_infer_correction.filters", [], []
-    for number, rule in enumerate(into.roll.value(path) or []):
-        if not isinstance(rule, dict) or not rule.get("enabled"):
+    kinds = {"token": "token_k1", "sequence": "seq_sum_k1", "geometric": "seq_mean_k1"}
+    for number, given in enumerate(into.roll.value(path) or []):
+        rule = Options(given if isinstance(given, dict) else {})
+        if not rule.either("enabled", False):
             continue
-        kind = {"token": "token_k1", "sequence": "seq_sum_k1", "geometric": "seq_mean_k1"}.get(
-            rule.get("agg_type", "token")
-        )
-        if kind is None or rule.get("diff_enabled"):
+        kind = rule.either("agg_type", "token")
+        if kind not in kinds or rule.either("diff_enabled", False):
             into.problems.append(
                 f"roll.{path}[{number}]: only ratios of tokens, sequences and their geometric mean reject here; "
                 "set diff_enabled to false and agg_type to token, sequence or geometric"
             )
-            continue
-        if rule.get("ratio_enabled", True):
-            low, high = rule.get("ratio_low", 0.8), rule.get("ratio_high", 1.2)
-            statistics.append(kind)
+        elif rule.either("ratio_enabled", True):
+            low, high = rule.either("ratio_low", 0.8), rule.either("ratio_high", 1.2)
+            statistics.append(kinds[kind])
             bounds.append(f"{1 / high:.6g}_{1 / low:.6g}")
     if statistics:
         into.put(f"{ours}.rollout_rs", ",".join(statistics), path)

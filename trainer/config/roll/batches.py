@@ -78,7 +78,7 @@ def _data_parallel(into: Translation, role: str, num_devices: int) -> int:
     config, cut = into.roll.strategy_config(role), 1
     if str(into.roll.value(f"{role}.strategy_args.strategy_name")).startswith("megatron"):
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-            cut *= config.get(name) or 1
+            cut *= config.either(name, 1)
     return max(1, num_devices // cut)
 
 

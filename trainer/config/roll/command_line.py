@@ -25,7 +25,7 @@ _PREFIX = "roll."
 
 @dataclass(frozen=True, slots=True)
 class RollOverrides:
-    """overrides: ordinary ones, ROLL's first. notices: for the user. sources: our key -> what of ROLL's made it."""
+    """overrides: ordinary ones, ROLL's first. notices: for the user. sources: our key -> ROLL's keys that made it."""
 
     overrides: list[str]
     notices: list[str] = field(default_factory=list)

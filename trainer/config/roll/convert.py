@@ -55,7 +55,7 @@ def write_recipe(values: Mapping[str, object], sources: Mapping[str, str], path:
             shared += 1
         lines += [f"{'  ' * depth}{parents[depth]}:" for depth in range(shared, len(parents))]
         section = parents
-        comment = f"  # {sources[key]}" if key in sources else ""
+        comment = f"  # ROLL: {sources[key]}" if key in sources else ""
         lines.append(f"{'  ' * len(parents)}{name}: {_yaml(values[key])}{comment}")
     return "\n".join(lines) + "\n"
 

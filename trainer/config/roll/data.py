@@ -66,7 +66,7 @@ def translate_data(into: Translation) -> None:
     if roll.has(column):
         into.copy("data.prompt_key", column)
     into.put("data.answer_key", "ground_truth", f"{data}.response")
-    into.sources["data.answer_key"] = "ROLL's rewards read the column ground_truth"
+    into.sources["data.answer_key"] = "the column that ROLL's rewards read"
     into.copy("data.reward_fn_key", f"{data}.tag")
     if roll.has("validation.data_args.file_name"):
         files = roll.value("validation.data_args.file_name")
@@ -127,7 +127,7 @@ def translate_optimizers(into: Translation, roles: Sequence[str]) -> None:
 
 
 def _least_rate(into: Translation, role: str, optim: str) -> None:
-    options = into.roll.strategy_config(role).get("lr_scheduler_kwargs") or {}
+    options = into.roll.strategy_config(role).either("lr_scheduler_kwargs", {})
     path = f"{role}.strategy_args.strategy_config.lr_scheduler_kwargs"
     if set(options) - {"min_lr"}:
         into.problems.append(f"roll.{path}={options}: only min_lr is there; leave the others out")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from trainer.config.devices import parse_device_mapping
 from trainer.config.errors import UserError
 from trainer.config.roll.check import check_strategy
 from trainer.config.roll.table_strategies import VLLM
-from trainer.config.roll.tree import Translation
+from trainer.config.roll.tree import Options, Translation
 
 SECTIONS = {"actor_train": "actor_rollout_ref.actor", "reference": "actor_rollout_ref.ref", "critic": "critic"}
 """Role -> our section."""
@@ -25,12 +24,7 @@ _STRATEGIES = {
     "deepspeed_train": "fsdp",
     "deepspeed_infer": "fsdp",
 }
-_PARALLEL = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-    "expert_model_parallel_size",
-)
+_PARALLEL = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
 _TRAINING_DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp32": "float32", "float32": "float32"}
 _SAME_NAMES = (
     "gpu_memory_utilization",
@@ -111,14 +105,14 @@ def _training_role(into: Translation, role: str) -> None:
         return
     into.put(f"{section}.strategy", strategy, path)
     config, name = into.roll.strategy_config(role), str(into.roll.value(path))
-    check_strategy(role, name, config, into)
+    check_strategy(role, name, config.given, into)
     engine = f"{section}.megatron" if strategy == "megatron" else f"{section}.{_fsdp_name(role)}"
     source = f"{role}.strategy_args.strategy_config"
     if strategy == "megatron":
         _megatron(into, role, engine, config, source)
     elif name.startswith("fsdp2"):
         _fsdp2(into, role, engine, config, source)
-    dtype = f"{source}.param_dtype" if "param_dtype" in config else f"{role}.model_args.dtype"
+    dtype = f"{source}.param_dtype" if "param_dtype" in config.given else f"{role}.model_args.dtype"
     value = into.choose(dtype, _TRAINING_DTYPES, "trainers compute in bfloat16 or float32")
     into.put(f"{engine}.dtype", value, dtype)
     if name.startswith("deepspeed"):
@@ -129,24 +123,24 @@ def _fsdp_name(role: str) -> str:
     return "fsdp" if role == "critic" else "fsdp_config"
 
 
-def _megatron(into: Translation, role: str, engine: str, config: dict[str, Any], source: str) -> None:
+def _megatron(into: Translation, role: str, engine: str, config: Options, source: str) -> None:
     for name in _PARALLEL:
-        if config.get(name) is not None or name != "virtual_pipeline_model_parallel_size":
-            value = config.get(name)
-            into.put(f"{engine}.{name}", 1 if value is None else value, f"{source}.{name}")
-    virtual = f"{engine}.virtual_pipeline_model_parallel_size"
-    if into.values.get(virtual, 2) == 1 or virtual not in into.values:
-        into.put(virtual, None, f"{source}.virtual_pipeline_model_parallel_size")
-    if role == "actor_train" and "sequence_parallel" in config:
-        into.put(f"{engine}.sequence_parallel", config["sequence_parallel"], f"{source}.sequence_parallel")
-    if config.get("optimizer_cpu_offload"):
+        into.put(f"{engine}.{name}", config.either(name, 1), f"{source}.{name}")
+    virtual = "virtual_pipeline_model_parallel_size"
+    chunks = config.either(virtual, 1)
+    into.put(f"{engine}.{virtual}", None if chunks == 1 else chunks, f"{source}.{virtual}")
+    if role == "actor_train" and "sequence_parallel" in config.given:
+        into.put(f"{engine}.sequence_parallel", config.given["sequence_parallel"], f"{source}.sequence_parallel")
+    if config.either("optimizer_cpu_offload"):
         into.put(f"{engine}.optimizer_offload", True, f"{source}.optimizer_cpu_offload")
 
 
-def _fsdp2(into: Translation, role: str, engine: str, config: dict[str, Any], source: str) -> None:
-    if config.get("reshard_after_forward") is not None:
-        into.put(f"{engine}.reshard_after_forward", config["reshard_after_forward"], f"{source}.reshard_after_forward")
-    if config.get("offload_policy"):
+def _fsdp2(into: Translation, role: str, engine: str, config: Options, source: str) -> None:
+    if config.either("reshard_after_forward") is not None:
+        into.put(
+            f"{engine}.reshard_after_forward", config.given["reshard_after_forward"], f"{source}.reshard_after_forward"
+        )
+    if config.either("offload_policy"):
         into.put(f"{engine}.param_offload", True, f"{source}.offload_policy")
         if role != "reference":
             into.put(f"{engine}.optimizer_offload", True, f"{source}.offload_policy")
@@ -157,34 +151,34 @@ def _rollout(into: Translation, devices: dict[str, tuple[int, ...]]) -> None:
     name = str(into.roll.value("actor_infer.strategy_args.strategy_name") or "vllm")
     if name != "vllm":
         return  # refused by the table
-    check_strategy("actor_infer", name, config, into)
+    check_strategy("actor_infer", name, config.given, into)
     into.put(
         f"{_ROLLOUT}.tensor_model_parallel_size",
-        config.get("tensor_parallel_size", 1),
+        config.either("tensor_parallel_size", 1),
         f"{source}.tensor_parallel_size",
     )
     for key in _SAME_NAMES:
-        if key in config:
-            into.put(f"{_ROLLOUT}.{key}", config[key], f"{source}.{key}")
-    for key, value in config.items():
+        if key in config.given:
+            into.put(f"{_ROLLOUT}.{key}", config.given[key], f"{source}.{key}")
+    for key, value in config.given.items():
         if key not in VLLM:
             into.put(f"{_ROLLOUT}.engine_kwargs.vllm.{key}", value, f"{source}.{key}")
     dtypes = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
     path = "actor_infer.model_args.dtype"
     into.put(f"{_ROLLOUT}.dtype", into.choose(path, dtypes, "vLLM computes in none such"), path)
-    if "load_format" in config:
-        format_ = "dummy" if config["load_format"] == "dummy" else "auto"
+    if "load_format" in config.given:
+        format_ = "dummy" if config.given["load_format"] == "dummy" else "auto"
         into.put(f"{_ROLLOUT}.load_format", format_, f"{source}.load_format")
     _sleep(into, devices, config, source)
 
 
-def _sleep(into: Translation, devices: dict[str, tuple[int, ...]], config: dict[str, Any], source: str) -> None:
+def _sleep(into: Translation, devices: dict[str, tuple[int, ...]], config: Options, source: str) -> None:
     """The engine sleeps where it shares devices with training, as in ROLL; what the levels mean is said."""
-    rollout = set(devices.get("actor_infer", ()))
+    rollout = set(devices["actor_infer"]) if "actor_infer" in devices else set()
     shared = any(rollout & set(ranks) for role, ranks in devices.items() if role != "actor_infer")
     if rollout:
         into.put(f"{_ROLLOUT}.free_cache_engine", shared, *(f"{role}.device_mapping" for role in devices))
-    level, path = config.get("sleep_level"), f"{source}.sleep_level"
+    level, path = config.either("sleep_level"), f"{source}.sleep_level"
     if level is None:
         return
     if not shared:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from trainer.config.roll.tree import Translation
+from trainer.config.errors import show
+from trainer.config.roll.tree import Options, Translation
 from workers.reward.scorers import SCORERS
 
 FUNCTION = "reward.custom_reward_function.path"
@@ -39,22 +40,23 @@ def translate_rewards(into: Translation) -> None:
         into.problems.append(_no_scorer({name: domains[name] for name in without}))
     if not domains:
         into.notices.append("roll.rewards: none; the built-in scorers are chosen by each row's tag")
-    workers = [block["world_size"] for block in domains.values() if block and block.get("world_size")]
-    if workers:
+    workers = [Options(block or {}).either("world_size", 0) for block in domains.values()]
+    if any(workers):
         into.put("reward.num_workers", max(workers), *(f"rewards.{name}.world_size" for name in domains))
     _filters(into, domains)
 
 
 def _has_scorer(block: dict[str, Any]) -> bool:
-    tags = block.get("tag_included") or []
+    tags = Options(block).either("tag_included", [])
     return bool(tags) and all(tag in SCORERS for tag in tags)
 
 
 def _no_scorer(domains: dict[str, Any]) -> str:
     reasons = []
     for name, block in domains.items():
-        worker = str((block or {}).get("worker_cls")).rpartition(".")[2]
-        reasons.append(f"{name} ({worker}: {_WORKERS.get(worker, 'a worker class is not a reward function')})")
+        worker = str(Options(block or {}).either("worker_cls", "null")).rpartition(".")[2]
+        reason = _WORKERS.get(worker, "a worker class is not a reward function")
+        reasons.append(f"{name} ({worker}: {reason})")
     return (
         f"roll.rewards=[{', '.join(domains)}]: no scorer here for {', '.join(reasons)}; built in are those of "
         f"{', '.join(SCORERS)} and exact matches; give {FUNCTION}=file.py, one function that scores each row by its "
@@ -66,21 +68,21 @@ def _filters(into: Translation, domains: dict[str, Any]) -> None:
     """A filter of groups that are all right or all wrong is DAPO's; others are not there."""
     n, dynamic = into.roll.value("num_return_sequences_in_group"), []
     for name, block in domains.items():
-        config = (block or {}).get("query_filter_config") or {}
-        kind, bounds = config.get("type", "no_filter"), config.get("filter_args") or {}
+        filtered = Options(Options(block or {}).either("query_filter_config", {}))
+        kind, bounds = filtered.either("type", "no_filter"), Options(filtered.either("filter_args", {}))
         if kind == "no_filter":
             continue
         path = f"rewards.{name}.query_filter_config.type"
-        down, up = bounds.get("threshold_down", -1), bounds.get("threshold_up", math.inf)
+        down, up = bounds.either("threshold_down", -1), bounds.either("threshold_up", math.inf)
         if kind == "mean_filter" and down < 0 and up > 1:
             continue  # nothing is left out
-        std = kind == "std_filter" and bounds.get("std_threshold", -1) == 0
+        std = kind == "std_filter" and bounds.either("std_threshold", -1) == 0
         if std or (kind == "mean_filter" and 0 <= down < 1 / n and 1 - 1 / n < up <= 1):
             dynamic.append(path)
         else:
             into.refuse(
                 path,
-                f"{bounds} leaves out other groups than those whose responses are equally good",
+                f"{show(bounds.given)} leaves out other groups than those whose responses are equally good",
                 "use std_filter with std_threshold: 0, or no_filter",
             )
     if dynamic:

@@ -10,6 +10,18 @@ from trainer.config.roll.defaults import DEFAULTS
 
 
 @dataclass(frozen=True, slots=True)
+class Options:
+    """A free dictionary of ROLL's, such as a `strategy_config`."""
+
+    given: dict[str, Any]
+
+    def either(self, name: str, missing: Any = None) -> Any:
+        """The value of an option; `missing`, which is ROLL's default, where it is not given or null."""
+        value = self.given.get(name)
+        return missing if value is None else value
+
+
+@dataclass(frozen=True, slots=True)
 class RollTree:
     """A resolved YAML of ROLL's, nested as in the file."""
 
@@ -24,9 +36,9 @@ class RollTree:
         """Whether the file gives the key a value other than null."""
         return self._find(path) is not None
 
-    def strategy_config(self, role: str) -> dict[str, Any]:
+    def strategy_config(self, role: str) -> Options:
         """`strategy_args.strategy_config` of a role, empty where it is null."""
-        return self.value(f"{role}.strategy_args.strategy_config") or {}
+        return Options(self.value(f"{role}.strategy_args.strategy_config") or {})
 
     def _find(self, path: str) -> Any:
         node: Any = self.nested
@@ -39,7 +51,7 @@ class RollTree:
 
 @dataclass(slots=True)
 class Translation:
-    """The outcome. values: our key -> value; sources: our key -> what it was made from; then what is to be said.
+    """The outcome. values: our key -> value; sources: our key -> ROLL's keys that made it; then what is to be said.
 
     given: our keys that the command line sets, which win.
     """
@@ -56,9 +68,9 @@ class Translation:
         self.values[key] = value
         given = [path for path in paths if self.roll.has(path)]
         if given:
-            self.sources[key] = f"roll.config: {', '.join(given)}"
+            self.sources[key] = ", ".join(given)
         else:
-            self.sources[key] = f"ROLL's default of {', '.join(paths)}"
+            self.sources[key] = f"default of {', '.join(paths)}"
 
     def copy(self, key: str, path: str) -> None:
         """Set our `key` to the value at `path`."""
