@@ -3,6 +3,7 @@
     python -m trainer.main --help [clip lr ...]                every key, or those with such a word in them
     python -m trainer.main --config-name quickstart            a recipe in configs/recipe/
     python -m trainer.main --config-dir my --config-name mine  a recipe of your own: my/mine.yaml
+    python -m trainer.main --config-name roll roll.config=rlvr_config.yaml  start from a YAML file of ROLL's
     python -m trainer.main --cfg job [--resolve]               print the configuration and exit
     python -m trainer.main ... trainer.dry_run=true            print roles, devices and batch sizes and exit
 
@@ -36,6 +37,7 @@ from trainer.config.load import (
     type_tree,
 )
 from trainer.config.overrides import prepare_overrides
+from trainer.config.roll.command_line import expand_roll
 from trainer.config.schema import Config
 from trainer.config.validate import validate
 from trainer.diagnosis import BROKEN, WARNING, startup_items
@@ -104,8 +106,9 @@ def _compose(argv: list[str], notices: list[str]) -> tuple[DictConfig | None, li
     words = [word for word in overrides if arguments.help and "=" not in word]
     overrides = [override for override in overrides if override not in words]
     if not arguments.shell_completion:  # its arguments are not overrides
-        overrides, changed = prepare_overrides(overrides)
-        notices += changed
+        roll = expand_roll(overrides, arguments.config_name)
+        overrides, changed = prepare_overrides(roll.overrides)
+        notices += [*roll.notices, *changed]
     if arguments.config_path is not None:
         overrides.append(searchpath_override())
     flags = [argument for argument in argv if argument not in arguments.overrides and not _asks_for_help(argument)]

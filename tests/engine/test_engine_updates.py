@@ -130,6 +130,11 @@ def test_learning_rate_falls_along_a_cosine() -> None:
     assert all(a >= b for a, b in pairwise(rates[2:]))
 
 
+def test_learning_rate_falls_along_a_line() -> None:
+    spec = replace(ADAMW, lr=2.0, lr_scheduler_type="linear", warmup_steps=2, total_steps=12, min_lr_ratio=0.5)
+    assert [learning_rate(spec, step) for step in (0, 1, 2, 7, 12, 20)] == pytest.approx([1.0, 2.0, 2.0, 1.5, 1.0, 1.0])
+
+
 def test_steps_use_the_schedule(qwen2: Path, solo: Solo) -> None:
     optimizer = replace(ADAMW, warmup_steps=2, lr_scheduler_type="cosine", total_steps=4)
     (answer,) = solo.run(train, Job(make_spec(qwen2, optimizer=optimizer), TABLE, ([ALL],), steps=4))

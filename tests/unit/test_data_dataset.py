@@ -74,6 +74,14 @@ def test_chats_get_exactly_what_the_template_writes(tmp_path: Path) -> None:
     assert texts == ["<s>u1\na", "<s>1", "<s>u22\na"]
 
 
+def test_a_chat_may_be_json_text_as_in_rolls_files(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(template=TEMPLATE)
+    rows = [{"prompt": chat("1")}, {"prompt": json.dumps(chat("1"))}, {"prompt": '[{"no": 1}]'}, {"prompt": "[{1"}]
+    prompts = load(tmp_path, rows, tokenizer).prompts
+    assert prompts[0].token_ids == prompts[1].token_ids
+    assert len({prompts[i].token_ids for i in (0, 2, 3)}) == 3
+
+
 def test_template_and_its_arguments_come_from_the_configuration(tmp_path: Path) -> None:
     file = tmp_path / "template.jinja"
     file.write_text(TEMPLATE)

@@ -25,6 +25,7 @@ from trainer.config.complaints import explain
 from trainer.config.errors import UserError, raise_problems
 from trainer.config.keys import known_keys
 from trainer.config.overrides import overridden_keys, prepare_overrides
+from trainer.config.roll.command_line import expand_roll
 from trainer.config.schema import Config
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
@@ -46,7 +47,8 @@ def load_config(
 
     Raises ValueError for everything that `check_override_keys` and `to_config` refuse, and for an unknown name.
     """
-    prepared, notices = prepare_overrides(overrides)
+    roll = expand_roll(overrides, config_name)
+    prepared, notices = prepare_overrides(roll.overrides)
     if config_dir != CONFIG_DIR:
         prepared.append(searchpath_override())
     GlobalHydra.instance().clear()
@@ -56,7 +58,7 @@ def load_config(
     except COMPOSE_ERRORS as error:
         raise compose_error(error, config_name, config_dir) from error
     config, more = type_tree(tree, overrides=prepared)
-    for notice in (*notices, *more):
+    for notice in (*roll.notices, *notices, *more):
         print(f"note: {notice}", file=sys.stderr)
     return config
 

@@ -124,7 +124,7 @@ class OptimConfig(Section):
     ]
     eps: PositiveFloat
     clip_grad: PositiveFloat
-    lr_scheduler_type: Literal["constant", "cosine"]
+    lr_scheduler_type: Literal["constant", "linear", "cosine"]
     lr_warmup_steps: Annotated[int, Field(ge=-1)]
     lr_warmup_steps_ratio: Share
     min_lr_ratio: Share

@@ -9,6 +9,7 @@ the data source (`data.reward_fn_key`) and extra_info.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -125,13 +126,24 @@ def truncate(ids: TokenIds, limit: int, side: str) -> TokenIds:
 def _prompt_of(row: Row, number: int, data: DataConfig, key: str) -> str | Chat:
     if data.prompt_key not in row:
         raise ValueError(_no_column(row, number, key, "data.prompt_key", data.prompt_key, "prompt"))
-    prompt = row[data.prompt_key]
+    prompt = _decoded(row[data.prompt_key])
     if isinstance(prompt, str) or _is_chat(prompt):
         return prompt  # type: ignore[no-any-return]  # checked above
     raise ValueError(
         f"{key}: the prompt of row {number} (data.prompt_key={data.prompt_key}) is {type(prompt).__name__} "
         f"{_short(prompt)}; it must be a string or a non-empty list of messages with role and content"
     )
+
+
+def _decoded(prompt: Any) -> Any:
+    """A chat that a file holds as JSON text, as ROLL's data sets do; everything else as it is."""
+    if not isinstance(prompt, str) or not prompt.lstrip().startswith("[{"):
+        return prompt
+    try:
+        decoded = json.loads(prompt)
+    except ValueError:
+        return prompt
+    return decoded if _is_chat(decoded) else prompt
 
 
 def _is_chat(prompt: Any) -> bool:

@@ -37,7 +37,7 @@ class OptimizerSpec:
     betas: tuple[float, float]
     eps: float
     clip_grad: float
-    lr_scheduler_type: Literal["constant", "cosine"]
+    lr_scheduler_type: Literal["constant", "linear", "cosine"]
     warmup_steps: int
     min_lr_ratio: float
     total_steps: int

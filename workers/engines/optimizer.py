@@ -43,11 +43,12 @@ def moments(optimizer: torch.optim.AdamW) -> list[Tensor]:
 
 
 def learning_rate(spec: OptimizerSpec, step: int) -> float:
-    """Learning rate of optimizer step `step`, counted from 0: linear warm-up, then constant or cosine."""
+    """Learning rate of optimizer step `step`, counted from 0: linear warm-up, then constant, linear or cosine."""
     if step < spec.warmup_steps:
         return spec.lr * (step + 1) / spec.warmup_steps
     if spec.lr_scheduler_type == "constant":
         return spec.lr
     progress = (step - spec.warmup_steps) / max(1, spec.total_steps - spec.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return spec.lr * (spec.min_lr_ratio + (1 - spec.min_lr_ratio) * cosine)
+    done = min(1.0, progress)
+    left = 1.0 - done if spec.lr_scheduler_type == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return spec.lr * (spec.min_lr_ratio + (1 - spec.min_lr_ratio) * left)

@@ -1,0 +1,70 @@
+"""ROLL's YAML to keys of ours: what scripts/convert_roll.py and `--config-name roll` both use."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.config.errors import raise_problems
+from trainer.config.roll.algorithm import translate_algorithm
+from trainer.config.roll.batches import translate_batches
+from trainer.config.roll.check import check_keys
+from trainer.config.roll.data import (
+    translate_data,
+    translate_model,
+    translate_optimizers,
+    translate_run,
+    translate_sampling,
+)
+from trainer.config.roll.engines import translate_roles
+from trainer.config.roll.read import RollFile, read_roll
+from trainer.config.roll.rewards import translate_rewards
+from trainer.config.roll.tree import RollTree, Translation
+
+
+def translate_file(path: Path, changes: Mapping[str, Any] | None = None, *, given: Collection[str] = ()) -> Translation:
+    """Translate a file of ROLL's; every key of ours in the result knows where it came from.
+
+    changes: dotted key of ROLL's -> value in place of the file's. given: keys of ours that the command line sets.
+    Raises UserError that lists everything that is wrong: mistyped keys with the nearest name, refused values.
+    """
+    return translate_roll(read_roll(path, changes), given=given)
+
+
+def translate_roll(file: RollFile, *, given: Collection[str] = ()) -> Translation:
+    """As `translate_file`, of a file that has been read."""
+    into = Translation(RollTree(file.nested), frozenset(given))
+    check_keys(file, into)
+    roles = _roles(into.roll)
+    _say_absent(into, roles)
+    translate_model(into, roles)
+    translate_data(into)
+    translate_batches(into, roles, translate_roles(into, roles))
+    translate_sampling(into)
+    translate_optimizers(into, roles)
+    translate_algorithm(into)
+    translate_rewards(into)
+    translate_run(into)
+    raise_problems(list(dict.fromkeys(into.problems)))
+    return into
+
+
+def _roles(roll: RollTree) -> list[str]:
+    """The training roles that the run has: the reference only where a KL needs it, the critic only for GAE."""
+    roles = ["actor_train"]
+    if roll.value("use_kl_loss") or roll.value("add_token_level_kl"):
+        roles.append("reference")
+    if roll.value("adv_estimator") == "gae":
+        roles.append("critic")
+    return roles
+
+
+def _say_absent(into: Translation, roles: list[str]) -> None:
+    why = {
+        "reference": "no KL is used (use_kl_loss, add_token_level_kl), so there is no reference",
+        "critic": "adv_estimator is not gae, so there is no critic",
+    }
+    for role, reason in why.items():
+        if role not in roles and into.roll.has(role):
+            into.notices.append(f"roll.config: no effect of {role}: {reason}")
