@@ -4,6 +4,7 @@
     python scripts/benchmark.py rollout --check             # generation against a bare LLM.generate: 1 minute
     python scripts/benchmark.py logprobs --check            # memory of log-probs over a large vocabulary: 1 minute
     python scripts/benchmark.py w1                          # real scale on one GPU; w1 --help tells its parts
+    python scripts/benchmark.py memory                      # predicted memory of a GPU against what runs measure
     python scripts/benchmark.py quickstart-seeds --svg docs/images/learning_curve.svg    # three seeds
     python scripts/benchmark.py algorithms --estimators all --svg docs/images/estimators.svg        # 39 runs
 
@@ -22,11 +23,19 @@ from collections.abc import Sequence
 
 os.environ["KINETO_LOG_LEVEL"] = "99"  # read when PyTorch is imported: its profiler counts memory here, quietly
 
-from benchmarks import algorithms, logprobs, quickstart, rollout, seeds, w1
+from benchmarks import algorithms, logprobs, memory, quickstart, rollout, seeds, w1
 from benchmarks.launch import RunFailed
 from subcommands import run_one
 
-COMMANDS = (quickstart.COMMAND, seeds.COMMAND, algorithms.COMMAND, rollout.COMMAND, logprobs.COMMAND, w1.COMMAND)
+COMMANDS = (
+    quickstart.COMMAND,
+    seeds.COMMAND,
+    algorithms.COMMAND,
+    rollout.COMMAND,
+    logprobs.COMMAND,
+    w1.COMMAND,
+    memory.COMMAND,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

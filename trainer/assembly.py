@@ -59,7 +59,7 @@ def assemble(cfg: Config, inputs: Inputs, running: Running, sizes: Sizes, sampli
         loss_columns=LossColumns(loss, seed=cfg.actor_rollout_ref.actor.data_loader_seed),
         sync=running.sync,
         evaluation=_evaluation(cfg, inputs, sampling),
-        cadence=_cadence(cfg, loss, sizes),
+        cadence=_cadence(cfg, sizes),
         phases=running.phases,
     )
 
@@ -69,16 +69,21 @@ def wants_old_logprobs(loss: PolicyLoss, updates_per_step: int) -> bool:
     return loss.needs_old_logprobs or (updates_per_step > 1 and loss.uses_old_logprobs)
 
 
-def _cadence(cfg: Config, loss: PolicyLoss, sizes: Sizes) -> Cadence:
+def annotates_actor(cfg: Config, sizes: Sizes) -> bool:
+    """Whether each step has a pass for the actor's log-probs, of before its first update."""
+    chosen, loss = _estimator(cfg), _policy_loss(cfg)
+    needed = wants_old_logprobs(loss, sizes.actor_updates_per_step)
+    return needed or cfg.algorithm.use_kl_in_reward or chosen.needs_logprobs
+
+
+def _cadence(cfg: Config, sizes: Sizes) -> Cadence:
     chosen = _estimator(cfg)
     return Cadence(
         total_steps=sizes.total_steps,
         test_freq=cfg.trainer.test_freq,
         save_freq=cfg.trainer.save_freq,
         critic_warmup=cfg.trainer.critic_warmup,
-        old_logprobs=wants_old_logprobs(loss, sizes.actor_updates_per_step)
-        or cfg.algorithm.use_kl_in_reward
-        or chosen.needs_logprobs,
+        old_logprobs=annotates_actor(cfg, sizes),
         sum_pi_squared=chosen.needs_sum_pi_squared,
     )
 

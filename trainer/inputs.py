@@ -55,7 +55,7 @@ def load_inputs(cfg: Config) -> Inputs:
 
     model = cfg.actor_rollout_ref.model
     model_path, tokenizer_path = absolute(model.path), absolute(model.tokenizer_path)
-    config = _read_config(model, model.path, "actor_rollout_ref.model.path")
+    config = read_config(model, model.path, "actor_rollout_ref.model.path")
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
@@ -122,7 +122,7 @@ def check_engines(cfg: Config) -> None:
     problems: dict[str, str] = {}
     for role in training_roles(cfg):
         key, path = ("critic", cfg.critic.model.path) if role.name == "critic" else ("actor_rollout_ref", model.path)
-        config = _read_config(model, path, f"{key}.model.path")
+        config = read_config(model, path, f"{key}.model.path")
         if role.megatron is None:
             check_experts(config.to_dict(), path)
             continue
@@ -149,7 +149,8 @@ def _files_for_megatron(path: str) -> Iterator[str]:
         yield f"strategy=megatron reads safetensors, and {path} has none: save the model as such, or use fsdp"
 
 
-def _read_config(model: ModelConfig, path: str, key: str) -> PreTrainedConfig:
+def read_config(model: ModelConfig, path: str, key: str) -> PreTrainedConfig:
+    """A model's Hugging Face config, with model.override_config. Raises ValueError naming `key` if there is none."""
     from workers.engines.models import hf_config
 
     try:

@@ -5,7 +5,7 @@
     python -m trainer.main --config-dir my --config-name mine  a recipe of your own: my/mine.yaml
     python -m trainer.main --config-name roll roll.config=rlvr_config.yaml  start from a YAML file of ROLL's
     python -m trainer.main --cfg job [--resolve]               print the configuration and exit
-    python -m trainer.main ... trainer.dry_run=true            print roles, devices and batch sizes and exit
+    python -m trainer.main ... trainer.dry_run=true            print the plan (values, devices, memory) and exit
 
 Composes the configuration, checks it, and hands it to `trainer.run`. A mistake of the user's is one message on
 standard error and exit status 2. Nothing heavy (torch, Ray, vLLM) is imported before the configuration is right.
@@ -41,6 +41,7 @@ from trainer.config.roll.command_line import expand_roll
 from trainer.config.schema import Config
 from trainer.config.validate import validate
 from trainer.diagnosis import BROKEN, WARNING, startup_items
+from trainer.plan.origins import origins_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,12 +65,13 @@ def _train(argv: list[str], notices: list[str]) -> int:
         notices += translated
         notices += validate(config)
         notices += _diagnose(config)
+        origins = origins_of(argv, tree)
     _let_ray_find_its_token(config)
     from trainer.run import run  # torch and Ray take seconds to import; a wrong configuration is told at once
 
     shown_by_run = notices.copy()
     notices.clear()
-    return run(config, shown_by_run)
+    return run(config, shown_by_run, origins)
 
 
 def _diagnose(config: Config) -> list[str]:
@@ -81,6 +83,8 @@ def _diagnose(config: Config) -> list[str]:
         device = "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
     items = startup_items(device)
     broken = [f"{item.name}: {item.reason}; {item.told()}" for item in items if item.verdict == BROKEN]
+    if broken and config.trainer.dry_run:  # a plan may be for another machine
+        return broken
     if broken:
         raise ValueError("\n".join([*broken, "python scripts/diagnose.py shows the whole picture"]))
     return [f"{item.name}: {item.reason}; {item.told()}" for item in items if item.verdict == WARNING]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -20,13 +21,18 @@ from rich.console import Console
 from trainer import checkpoint, placement
 from trainer.actors import start_workers
 from trainer.adaptation import Adaptation, adapt
-from trainer.config.errors import complain, user_errors
+from trainer.config.errors import complain, raise_problems, user_errors
 from trainer.config.roles import training_roles
 from trainer.config.schema import Config
 from trainer.data.order import PromptOrder
 from trainer.driver import Driver
 from trainer.inputs import Inputs, load_inputs
-from trainer.plan import show_plan
+from trainer.plan.build import Plan, make_plan
+from trainer.plan.devices import Devices, planned_devices, real_devices
+from trainer.plan.origins import Origins
+from trainer.plan.places import planned_cluster
+from trainer.plan.roles import role_rows
+from trainer.plan.show import show_tables, show_tree
 from trainer.scoring import RewardErrorRate
 from trainer.session import Interrupted, Session, command_line
 from trainer.setup import build
@@ -56,12 +62,14 @@ class Prepared:
     adaptation: Adaptation
     run_dir: Path
     fingerprint: dict[str, Any]
+    plan: Plan
 
 
-def run(cfg: Config, notices: Sequence[str]) -> int:
+def run(cfg: Config, notices: Sequence[str], origins: Origins | None = None) -> int:
     """Runs a configuration to its end; returns the exit status: 0 done, 1 failed, 130 stopped by the user.
 
-    Raises UserError for inputs that cannot be used, before any actor starts.
+    origins: where values come from, for the plan. Raises UserError for inputs that cannot be used and for a plan that
+    cannot work, before any actor starts.
     """
     started = psutil.Process().create_time()
     console = make_console()
@@ -69,17 +77,9 @@ def run(cfg: Config, notices: Sequence[str]) -> int:
         console.print(f"note: {notice}", style="yellow", markup=False)
     try:
         with user_errors():
-            prepared = _prepare(cfg, console)
-        show_plan(
-            console,
-            cfg,
-            prepared.inputs,
-            prepared.sizes,
-            prepared.cluster,
-            prepared.adaptation,
-            prepared.resume,
-            prepared.run_dir,
-        )
+            prepared = _prepare(cfg, console, notices, origins)
+        _show(cfg, prepared, console)
+        raise_problems(prepared.plan.verdict.problems)
         return DONE if cfg.trainer.dry_run else _execute(cfg, prepared, started, console)
     except KeyboardInterrupt:
         complain("interrupted; the same command starts again, from the last checkpoint if there is one")
@@ -94,14 +94,16 @@ def run(cfg: Config, notices: Sequence[str]) -> int:
         ray.shutdown()
 
 
-def _prepare(cfg: Config, console: Console) -> Prepared:
+def _prepare(cfg: Config, console: Console, notices: Sequence[str], origins: Origins | None) -> Prepared:
     """Everything that can be wrong, before any actor starts. Ray starts while tokenizer and data are read."""
     run_dir = Path(cfg.trainer.default_local_dir).resolve()
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(load_inputs, cfg)
-        placement.connect(cfg)
+        if _uses_ray(cfg):
+            placement.connect(cfg)
         inputs = reading.result()
-    for notice in inputs.train.notices + (inputs.validation.notices if inputs.validation else ()):
+    of_data = inputs.train.notices + (inputs.validation.notices if inputs.validation else ())
+    for notice in of_data:
         console.print(f"note: {notice}", style="yellow", markup=False)
     derived = sizes(cfg, inputs)
     trainer = cfg.trainer
@@ -112,11 +114,40 @@ def _prepare(cfg: Config, console: Console) -> Prepared:
         PromptOrder(len(inputs.train), seed=cfg.data.seed, shuffle=cfg.data.shuffle).load_state_dict(
             resume.state["order"]
         )
-    cluster = placement.reserve(cfg)
+    cluster, devices = _devices(cfg)
     adaptation = adapt(cfg, inputs, cluster)
     for notice in adaptation.notices:
         console.print(f"note: {notice}", style="yellow", markup=False)
-    return Prepared(inputs, derived, resume, cluster, adaptation, run_dir, fingerprint)
+    told = (*notices, *of_data, *adaptation.notices)
+    plan = make_plan(cfg, inputs, derived, adaptation, devices, origins=origins, notices=told)
+    return Prepared(inputs, derived, resume, cluster, adaptation, run_dir, fingerprint, plan)
+
+
+def _uses_ray(cfg: Config) -> bool:
+    """A dry run plans for devices that need not be here; it looks at a cluster only if one is named."""
+    named = cfg.ray_kwargs.ray_init.address or os.environ.get("RAY_ADDRESS")
+    return not cfg.trainer.dry_run or bool(named)
+
+
+def _devices(cfg: Config) -> tuple[placement.Cluster, Devices]:
+    """Those of the cluster, reserved; of a dry run without one, what the configuration asks for."""
+    if _uses_ray(cfg):
+        cluster = placement.reserve(cfg)
+        return cluster, real_devices(cluster.device_type, ray.nodes(), os.environ)
+    devices = planned_devices(cfg, os.environ)
+    return planned_cluster(cfg, devices.kind), devices
+
+
+def _show(cfg: Config, prepared: Prepared, console: Console) -> None:
+    """The plan, where the run continues from, and where it is written."""
+    plan = prepared.plan
+    if cfg.trainer.dry_run:
+        show_tree(console, plan)
+    show_tables(console, plan, prepared.adaptation, role_rows(cfg, prepared.cluster))
+    if prepared.resume is not None:
+        console.print(f"resuming after step {prepared.resume.step} from {prepared.resume.path}", markup=False)
+    console.print(f"run directory: {prepared.run_dir}", markup=False, soft_wrap=True)
+    console.print(f"plan: {plan.write(prepared.run_dir)}", markup=False, soft_wrap=True)
 
 
 def _execute(cfg: Config, prepared: Prepared, started: float, console: Console) -> int:

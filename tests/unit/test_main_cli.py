@@ -114,7 +114,7 @@ def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Config, 
     called: list[tuple[Config, list[str]]] = []
     module = types.ModuleType("trainer.run")
 
-    def run(config: Config, notices: list[str]) -> int:
+    def run(config: Config, notices: list[str], origins: object) -> int:
         called.append((config, notices))
         return 0
 
@@ -145,7 +145,7 @@ def test_notices_are_shown_before_an_error(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_status_is_that_of_the_run(runs: list[tuple[Config, list[str]]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["trainer.run"], "run", lambda config, notices: 130)
+    monkeypatch.setattr(sys.modules["trainer.run"], "run", lambda config, notices, origins: 130)
     assert cli.main(BASE) == 130
 
 
@@ -156,9 +156,11 @@ def test_errors_of_the_run_are_not_disguised(
         raise error
 
     module = sys.modules["trainer.run"]
-    monkeypatch.setattr(module, "run", lambda config, notices: fail(ValueError("a bug of ours")))
+    monkeypatch.setattr(module, "run", lambda config, notices, origins: fail(ValueError("a bug of ours")))
     with pytest.raises(ValueError, match="a bug of ours"):
         cli.main(BASE)
-    monkeypatch.setattr(module, "run", lambda config, notices: fail(cli.UserError("key=value: wrong; do this")))
+    monkeypatch.setattr(
+        module, "run", lambda config, notices, origins: fail(cli.UserError("key=value: wrong; do this"))
+    )
     assert cli.main(BASE) == 2
     assert capsys.readouterr().err == "error: key=value: wrong; do this\n", "run shows the notices"

@@ -6,7 +6,7 @@ from typing import Any
 
 from trainer.config.load import load_config
 from trainer.placement import Cluster, Device
-from trainer.plan import role_rows
+from trainer.plan.roles import role_rows
 
 REQUIRED = ["data.train_files=train.jsonl", "actor_rollout_ref.model.path=org/model", "trainer.n_gpus_per_node=8"]
 ACTOR = "actor_rollout_ref.actor"

@@ -63,6 +63,16 @@ def batch_table(sizes: Mapping[str, object]) -> Table:
     return table
 
 
+def memory_table(title: str, rows: Sequence[Mapping[str, str]]) -> Table:
+    """Memory of devices by phase: columns as the rows name them; numbers are made by the caller."""
+    table = _table(title)
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name == "phase" else "right", style="bold" if name == "in all" else "")
+    for row in rows:
+        table.add_row(*(_plain(cell) for cell in row.values()))
+    return table
+
+
 def completions_table(step: int, rows: Sequence[CompletionRow]) -> Table:
     """Prompt, response, reward and advantage of sample completions; text is shown as it is, never as markup."""
     phases = {"train": "training", "val": "held-out"}

@@ -1,0 +1,49 @@
+"""What one pass of a role takes for itself on a device, with more or fewer layers recomputed."""
+
+from __future__ import annotations
+
+from trainer.plan.fragments import stranded_bytes
+from trainer.plan.layout import Layout
+from trainer.plan.training import EngineTerms, Pass
+from workers.engines.recompute import WORKING_LAYERS
+
+
+def wanted_bytes(terms: EngineTerms, at_work: Pass, *, trains: bool) -> float:
+    """Activations that an engine asks for: to recompute nothing, as it would like."""
+    if not trains:
+        return at_work.tokens * WORKING_LAYERS * terms.layer.whole
+    return at_work.in_flight * (terms.num_layers + WORKING_LAYERS) * terms.layer.whole
+
+
+def least_kept(terms: EngineTerms) -> int:
+    """Layers that are recomputed where memory is shortest."""
+    return 0 if terms.recompute is False else terms.num_layers
+
+
+def taken_by(terms: EngineTerms, at_work: Pass, recomputed: int, gathered: bool, *, trains: bool) -> dict[str, int]:
+    """What a pass takes for itself: at the output layer, or in the layer at work, whichever is more."""
+    layer = terms.layer
+    parameters = max(terms.gathered_all, terms.gathered) if gathered else terms.gathered
+    if not trains:
+        alone = int(at_work.tokens * layer.whole)
+        return {"gradients": 0, "activations": max(0, alone - at_work.logits), "buffers": at_work.logits + parameters}
+    kept = (terms.num_layers - recomputed) * layer.whole + recomputed * layer.input_only
+    working = at_work.tokens * layer.whole * (2 if recomputed else 1)
+    activations = at_work.in_flight * kept + max(0.0, working - at_work.logits)
+    return {"gradients": terms.gradients, "activations": int(activations), "buffers": at_work.logits + parameters}
+
+
+def stranded_by(terms: EngineTerms, layout: Layout, recomputed: int) -> int:
+    """Blocks that optimizer state keeps the allocator from giving back, after a role's first update (`fragments`).
+
+    recomputed: layers, which leave their input alone behind.
+    """
+    update = terms.update
+    assert update is not None
+    rows = update.in_flight
+    numbers = 4 * layout.hidden + 2 * layout.query + 2 * layout.kv + 3 * layout.intermediate
+    itemsize = terms.layer.whole / numbers  # smaller where a layer is cut
+    widths = [*[layout.hidden] * 4, *[layout.query] * 2, *[layout.kv] * 2, *[layout.intermediate] * 3]
+    kept = [int(rows * width * itemsize) for width in widths] * (terms.num_layers - recomputed)
+    thin = [int(rows * layout.hidden * itemsize)] * recomputed
+    return stranded_bytes(terms.states, [*kept, *thin, update.logits])
