@@ -193,12 +193,13 @@ def test_keys_that_do_not_go_together(base: list[str], overrides: list[str], pro
         (
             [f"{TENSOR}=3"],
             f"{TENSOR}=3 x pipeline_model_parallel_size=1: 3 devices hold one model, and do not divide the 8",
-            f"change them, {ACTOR}.device_mapping",
+            f"change them, {ACTOR}.device_mapping, or trainer.n_gpus_per_node; tensor_model_parallel_size=2 x "
+            "pipeline_model_parallel_size=1 would fit",
         ),
         (
             [f"{TENSOR}=4", f"{PIPELINE}=4"],
             f"{TENSOR}=4 x pipeline_model_parallel_size=4: 16 devices hold one model, and do not divide the 8",
-            "or trainer.n_gpus_per_node",
+            "or trainer.n_gpus_per_node; tensor_model_parallel_size=2 x pipeline_model_parallel_size=4 would fit",
         ),
         (
             [f"{TENSOR}=2", f"{ACTOR}.device_mapping=0-2"],

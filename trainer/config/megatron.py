@@ -38,7 +38,7 @@ def _sizes(role: TrainingRole, megatron: RefMegatronConfig, num_devices: int) ->
         yield (
             f"{key}.tensor_model_parallel_size={tp} x pipeline_model_parallel_size={pp}: {per_model} devices hold one "
             f"model, and do not divide the {num_devices} of {role.key}; change them, {role.key}.device_mapping, or "
-            "trainer.n_gpus_per_node"
+            f"trainer.n_gpus_per_node; {_fitting(tp, pp, num_devices)} would fit"
         )
     chunks = megatron.virtual_pipeline_model_parallel_size
     if chunks is not None and pp == 1:
@@ -52,6 +52,14 @@ def _sizes(role: TrainingRole, megatron: RefMegatronConfig, num_devices: int) ->
             f"{key}.expert_model_parallel_size={ep}: experts are spread over data-parallel devices, and {ep} does not "
             f"divide the {dp} of {role.key}; set it to a divisor of {dp}"
         )
+
+
+def _fitting(tp: int, pp: int, num_devices: int) -> str:
+    """Sizes at most these whose product divides the devices: the pipeline as it is, if it can be."""
+    pipelines = [pp, *(size for size in range(pp - 1, 0, -1))]
+    cuts = ((t, p) for p in pipelines for t in range(tp, 0, -1) if num_devices % (t * p) == 0)
+    tensor, pipeline = next(cuts)
+    return f"tensor_model_parallel_size={tensor} x pipeline_model_parallel_size={pipeline}"
 
 
 def _installed(role: TrainingRole) -> Iterator[str]:
