@@ -9,7 +9,7 @@ _ESTIMATOR = "`algorithm.adv_estimator`, `algorithm.adv_params`"
 _DEAD = "ROLL's RLVR pipeline does not read it either"
 _DISTILL = "distillation from a teacher is not there"
 _OWN_LOSS = f"the loss has no such part; write it as a function of your own ({_ACTOR}.policy_loss.loss_mode)"
-_LINEAR = "batches and requests are scheduled here by other means: all prompts of a step go to the engines at once"
+_AT_ONCE = "all prompts of a step go to the engines at once"
 
 TOP: Rules = {
     # the run
@@ -74,9 +74,9 @@ TOP: Rules = {
         f"`{_ACTOR}.ppo_epochs`; the critic passes once over a batch (`critic.ppo_epochs`), as in ROLL"
     ),
     # scheduling of requests
-    "generate_opt_level": no_effect(_LINEAR, 1),
+    "generate_opt_level": no_effect(_AT_ONCE, 1),
     "is_num_return_sequences_expand": no_effect("each response is a request; the prefix cache computes a prompt once"),
-    "max_running_requests": no_effect(f"{_LINEAR}; strategy_config.max_num_seqs limits what one decodes together"),
+    "max_running_requests": no_effect(f"{_AT_ONCE}; strategy_config.max_num_seqs limits what one decodes together"),
     "is_use_additional_prompts": refused(
         "more prompts than a step needs are not started ahead",
         "set it to false; a query_filter_config brings DAPO's dynamic sampling",
@@ -88,7 +88,7 @@ TOP: Rules = {
         "leave it out",
         "roll.distributed.scheduler.user_defined_rollout_loop.UserDefinedRolloutLoop",
     ),
-    "router_args": no_effect("a request goes to the replica with the least to do", None),
+    "router_args": no_effect("the prompts of a step are divided among the replicas", None),
     "async_generation_ratio": refused("generation ahead of training is not there yet", "set it to 0", 0, 0.0),
     # models
     "pretrain": copied("actor_rollout_ref.model.path"),

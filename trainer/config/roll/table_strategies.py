@@ -9,7 +9,7 @@ _EXPERTS = "experts are computed in one grouped product, on tokens sent to them"
 _RECOMPUTED = (
     "what is recomputed follows model_args.disable_gradient_checkpointing: auto takes as many layers as needed"
 )
-_OVERLAP = "communication is overlapped with computation where the engine can"
+_OVERLAP = "the engine decides which communication overlaps with computation"
 _CHECKPOINT = "checkpoints have one format, which any number of devices can read"
 _SPLIT = "layers are divided evenly among the stages, the embedding and the head on the first and the last"
 _DROP = "no token is dropped"
