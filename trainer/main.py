@@ -16,8 +16,9 @@ from __future__ import annotations
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from shutil import get_terminal_size
 
@@ -37,7 +38,7 @@ from trainer.config.load import (
     type_tree,
 )
 from trainer.config.overrides import prepare_overrides
-from trainer.config.roll.command_line import expand_roll
+from trainer.config.roll.command_line import RollOverrides, expand_roll
 from trainer.config.schema import Config
 from trainer.config.validate import validate
 from trainer.diagnosis import BROKEN, WARNING, startup_items
@@ -58,14 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(argv: list[str], notices: list[str]) -> int:
     with user_errors():
-        tree, overrides = _compose(argv, notices)
-        if tree is None:
+        composed = _compose(argv, notices)
+        if composed is None:
             return 0
-        config, translated = type_tree(tree, overrides=overrides)
+        config, translated = type_tree(composed.tree, overrides=composed.overrides)
         notices += translated
         notices += validate(config)
         notices += _diagnose(config)
-        origins = origins_of(argv, tree)
+        origins = origins_of(argv, composed.tree, roll=composed.roll)
     _let_ray_find_its_token(config)
     from trainer.run import run  # torch and Ray take seconds to import; a wrong configuration is told at once
 
@@ -101,7 +102,17 @@ def _let_ray_find_its_token(config: Config) -> None:
             os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
-def _compose(argv: list[str], notices: list[str]) -> tuple[DictConfig | None, list[str]]:
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """What a command line says. overrides: all of them, as Hydra saw them; roll: our key to the keys of ROLL's file
+    that made it."""
+
+    tree: DictConfig
+    overrides: list[str]
+    roll: Mapping[str, str]
+
+
+def _compose(argv: list[str], notices: list[str]) -> Composed | None:
     """Let Hydra read the command line; None where it only printed something (--help, --cfg, ...)."""
     arguments = get_args_parser().parse_intermixed_args(argv)
     if arguments.multirun:
@@ -109,6 +120,7 @@ def _compose(argv: list[str], notices: list[str]) -> tuple[DictConfig | None, li
     overrides = list(arguments.overrides)
     words = [word for word in overrides if arguments.help and "=" not in word]
     overrides = [override for override in overrides if override not in words]
+    roll = RollOverrides(overrides)
     if not arguments.shell_completion:  # its arguments are not overrides
         roll = expand_roll(overrides, arguments.config_name)
         overrides, changed = prepare_overrides(roll.overrides)
@@ -132,8 +144,8 @@ def _compose(argv: list[str], notices: list[str]) -> tuple[DictConfig | None, li
             raise compose_error(error, name, *_config_dirs(arguments)) from error
     if arguments.help and composed:
         print(help_text(composed[0], words, width=get_terminal_size().columns))
-        return None, overrides
-    return (composed[0] if composed else None), overrides
+        return None
+    return Composed(composed[0], overrides, roll.sources) if composed else None
 
 
 def _asks_for_help(argument: str) -> bool:

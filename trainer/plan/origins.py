@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from trainer.config.aliases import translate_tree
 from trainer.config.errors import UserError
 from trainer.config.keys import known_keys
-from trainer.config.load import CONFIG_DIR, DEFAULT_CONFIG_NAME
+from trainer.config.load import CONFIG_DIR, DEFAULT_CONFIG_NAME, RECIPE_DIR, full_name
 from trainer.config.overrides import prepare_overrides
 
 Source = Literal["default", "recipe", "command line", "older name", "roll", "inherited", "adapted", "unknown"]
@@ -58,7 +58,8 @@ def origins_of(argv: Sequence[str], tree: DictConfig, *, roll: Mapping[str, str]
     arguments = get_args_parser().parse_intermixed_args(list(argv))
     added = [Path(path) for path in (arguments.config_path, arguments.config_dir) if path is not None]
     found: Origins = {}
-    for file in files_of(arguments.config_name or DEFAULT_CONFIG_NAME, [*added, CONFIG_DIR]):
+    name = full_name(arguments.config_name or DEFAULT_CONFIG_NAME, *added, CONFIG_DIR)
+    for file in files_of(name, [*added, CONFIG_DIR, RECIPE_DIR]):
         found |= _of_file(file)
     found |= {key: Origin("roll", path) for key, path in (roll or {}).items()}
     for override in arguments.overrides:
