@@ -34,6 +34,7 @@ from trainer.config.load import (
 from trainer.config.overrides import prepare_overrides
 from trainer.config.schema import Config
 from trainer.config.validate import validate
+from trainer.config.verl.flags import own_config_path
 from trainer.diagnosis import BROKEN, WARNING, startup_items
 
 
@@ -93,6 +94,8 @@ def _let_ray_find_its_token(config: Config) -> None:
 
 def _compose(argv: list[str], notices: list[str]) -> tuple[DictConfig | None, list[str]]:
     """Let Hydra read the command line; None where it only printed something (--help, --cfg, ...)."""
+    argv, changed = own_config_path(argv)
+    notices += changed
     arguments = get_args_parser().parse_intermixed_args(argv)
     if arguments.multirun:
         raise UserError("--multirun: not supported, one process is one run; loop over the settings in the shell")
