@@ -30,6 +30,8 @@ WRITTEN_BY_USERS = (
     "custom_reward_function.reward_kwargs.threshold",
     "reward_model.overlong_buffer.len",
     "ray_kwargs.ray_init.runtime_env.env_vars.NAME",
+    "ray_kwargs.ray_init.runtime_env.env_vars.TRANSFER_QUEUE_ENABLE",
+    "actor_rollout_ref.actor.model_engine",
     "ray_kwargs.ray_init.num_gpus",
 )
 """Neither in a tree nor in an example that is stored, but in verl's documentation."""

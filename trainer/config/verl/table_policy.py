@@ -15,7 +15,12 @@ _OF_MTP = "of multi-token prediction, which is not here"
 
 POLICY = (
     # the engine
-    alias("model_engine", f"{_ACTOR}.strategy", "reference and critic follow the actor", {"dp": "fsdp"}),
+    alias(
+        "{model_engine,actor_rollout_ref.actor.model_engine}",
+        f"{_ACTOR}.strategy",
+        "reference and critic follow the actor",
+        {"dp": "fsdp"},
+    ),
     # the loss
     *(
         decided(
@@ -34,7 +39,7 @@ POLICY = (
     *ignored(
         f"a prompt shared by several responses is computed once: {_MODEL}.share_prompt", f"{_ACTOR}.use_prefix_grouper"
     ),
-    refused(f"{_ACTOR}.freeze_vision_tower", "models are text models, with no vision tower", "take it out"),
+    *ignored("verl does not use it either, and models are text models", f"{_ACTOR}.freeze_vision_tower"),
     decided(
         "critic.loss_scale_factor",
         Kind.IGNORED,

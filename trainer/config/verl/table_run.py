@@ -178,10 +178,12 @@ RUN = (
     *ignored(_DATA_PATH, "transfer_queue.**"),
     # the cluster
     *ignored("workers run in the Python that the program runs in", "ray_kwargs.ray_init.runtime_env.py_executable"),
+    *ignored(_DATA_PATH, "ray_kwargs.ray_init.runtime_env.env_vars.TRANSFER_QUEUE_ENABLE"),
     refused(
         "ray_kwargs.ray_init.runtime_env.{working_dir,env_vars.*}",
         "workers see what the program sees",
         "export variables before the start, and start where the files are",
+        rest=True,
     ),
     *ignored("GPUs are counted by trainer.n_gpus_per_node", "ray_kwargs.ray_init.num_gpus"),
     *ignored("Ray's dashboard can write one: ray timeline", "ray_kwargs.timeline_json_file"),
