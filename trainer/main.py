@@ -41,6 +41,7 @@ from trainer.config.overrides import prepare_overrides
 from trainer.config.roll.command_line import RollOverrides, expand_roll
 from trainer.config.schema import Config
 from trainer.config.validate import validate
+from trainer.config.verl.flags import own_config_path
 from trainer.diagnosis import BROKEN, WARNING, startup_items
 from trainer.plan.origins import origins_of
 
@@ -114,6 +115,8 @@ class Composed:
 
 def _compose(argv: list[str], notices: list[str]) -> Composed | None:
     """Let Hydra read the command line; None where it only printed something (--help, --cfg, ...)."""
+    argv, changed = own_config_path(argv)
+    notices += changed
     arguments = get_args_parser().parse_intermixed_args(argv)
     if arguments.multirun:
         raise UserError("--multirun: not supported, one process is one run; loop over the settings in the shell")

@@ -131,7 +131,7 @@ def test_run_gets_the_typed_configuration_and_the_notices(runs: list[tuple[Confi
     config, notices = runs[0]
     assert config.trainer.n_gpus_per_node == 2
     assert notices == [
-        "trainer.n_devices_per_node is an older name of trainer.n_gpus_per_node: translated",
+        "translated from verl: trainer.n_devices_per_node -> trainer.n_gpus_per_node",
         "a surprise",
     ]
     assert sys.argv is argv
@@ -140,7 +140,7 @@ def test_run_gets_the_typed_configuration_and_the_notices(runs: list[tuple[Confi
 def test_notices_are_shown_before_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*BASE, "trainer.n_devices_per_node=0"]) == 2
     first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("note: trainer.n_devices_per_node is an older name")
+    assert first.startswith("note: translated from verl: trainer.n_devices_per_node -> ")
     assert second == "error: trainer.n_gpus_per_node=0: must be greater than 0"
 
 

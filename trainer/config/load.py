@@ -20,13 +20,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from trainer.config.aliases import translate_tree
 from trainer.config.complaints import explain
 from trainer.config.errors import UserError, raise_problems
 from trainer.config.keys import known_keys
 from trainer.config.overrides import overridden_keys, prepare_overrides
 from trainer.config.roll.command_line import expand_roll
 from trainer.config.schema import Config
+from trainer.config.verl.translate import translate_nested
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 RECIPE_DIR = CONFIG_DIR / "recipe"
@@ -73,15 +73,17 @@ def to_config(tree: DictConfig) -> Config:
 
 
 def type_tree(tree: DictConfig, *, overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:
-    """As `to_config`; also translate older spellings in the YAML and return a notice for each.
+    """As `to_config`; also translate older spellings and verl's keys, and return the notices about them.
 
     overrides: as given on the command line; the keys they set win over an older spelling in the YAML.
     """
     raw = OmegaConf.to_container(tree, resolve=False)
     assert isinstance(raw, dict)
     nested = {str(key): value for key, value in raw.items()}
-    notices = translate_tree(nested, keep=overridden_keys(overrides))
-    raise_problems([_missing(key) for key in _unset(nested)])
+    report = translate_nested(nested, keep=overridden_keys(overrides))
+    missing = [_missing(key) for key in _unset(nested)]
+    if missing:
+        raise_problems([*report.problems, *missing])
     try:
         values = OmegaConf.to_container(OmegaConf.create(nested), resolve=True)
     except OmegaConfBaseException as error:
@@ -89,10 +91,13 @@ def type_tree(tree: DictConfig, *, overrides: Sequence[str] = ()) -> tuple[Confi
         raise UserError(f"{key}: {str(error).partition(chr(10))[0]}; name an existing key in ${{...}}") from error
     assert isinstance(values, dict)
     try:
-        return Config.model_validate(values), notices
+        config = Config.model_validate(values)
     except ValidationError as error:
-        raise_problems(explain(error, {str(key): value for key, value in values.items()}, known_keys()))
+        problems = explain(error, {str(key): value for key, value in values.items()}, known_keys())
+        raise_problems([*report.problems, *problems])
         raise
+    raise_problems(report.problems)
+    return config, report.notices()
 
 
 def full_name(config_name: str, *config_dirs: Path) -> str:

@@ -1,34 +1,46 @@
-"""Command-line overrides: older spellings translated, every key checked, before Hydra reads them.
+"""Command-line overrides: verl's and older spellings translated, every key checked, before Hydra reads them.
 
 Hydra alone answers a mistyped key with "Key 'x' is not in struct"; here it is the nearest existing key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from trainer.config.aliases import translate_key
 from trainer.config.errors import raise_problems
 from trainer.config.keys import KnownKeys, known_keys, replaced_section, unknown_key
+from trainer.config.verl.classify import moved_key, place_of
+from trainer.config.verl.report import Report
+from trainer.config.verl.rules import Kind
+from trainer.config.verl.translate import verdict_now, waits
 
 
 def prepare_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the overrides as Hydra should see them, and the notices about what was changed.
 
-    Raises ValueError listing every override that cannot be read, is unknown, or replaces a section.
+    What only the composed configuration can decide is added to it as it stands; `type_tree` translates it there.
+    Raises ValueError listing every override that cannot be read, is unknown or refused, or replaces a section.
     """
-    prepared, notices = [], []
+    report, known = Report(), known_keys()
+    prepared: list[str] = []
+    problems: list[str] = []
     for override in overrides:
-        translated, notice = _translate(_quote(override))
-        prepared.append(translated)
-        notices.extend(notice)
-    check_override_keys(prepared, known_keys())
-    return [_without_plus(override, known_keys()) for override in prepared], notices
+        for single in _singles(_quote(override)):
+            if _readable(single) and waits(_key(single), _value(single)):
+                prepared.append(f"++{single.lstrip('+')}")
+                continue
+            translated = _translate(single, report)
+            problems += [problem for text in translated for problem in _problems(text, known)]
+            prepared += [_without_plus(text, known) for text in translated]
+    raise_problems([*problems, *report.problems])
+    return prepared, report.notices()
 
 
 def check_override_keys(overrides: Sequence[str], known: KnownKeys) -> None:
@@ -41,7 +53,24 @@ def check_override_keys(overrides: Sequence[str], known: KnownKeys) -> None:
 
 def overridden_keys(overrides: Sequence[str]) -> frozenset[str]:
     """Return the keys that the overrides set."""
-    return frozenset(override.partition("=")[0].lstrip("+~") for override in overrides)
+    return frozenset(_key(override) for override in overrides)
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def _readable(override: str) -> bool:
+    """Whether Hydra reads it as one value of one key."""
+    parsed = _parse(override)
+    return not isinstance(parsed, str) and not parsed.is_sweep_override() and not parsed.is_delete()
+
+
+def _value(override: str) -> Any:
+    """The value that Hydra would read."""
+    parsed = _parse(override)
+    assert not isinstance(parsed, str), parsed
+    return parsed.value()
 
 
 def _problems(override: str, known: KnownKeys) -> list[str]:
@@ -83,6 +112,7 @@ def _dict_problems(section: str, content: dict[Any, Any], known: KnownKeys) -> l
     return problems
 
 
+@cache
 def _parse(override: str) -> Override | str:
     """Return the parsed override, or what is wrong with it."""
     if override.find("=") < 1 and not override.startswith("~"):
@@ -94,14 +124,50 @@ def _parse(override: str) -> Override | str:
         return f"{override}: cannot be read ({reason}); put quotes around the value: 'key=\"value\"'"
 
 
-def _translate(override: str) -> tuple[str, list[str]]:
-    name, equals, value = override.partition("=")
-    key = name.lstrip("+~")
-    translated = translate_key(key)
-    if translated is None:
-        return override, []
-    new, notice = translated
-    return f"{name[: len(name) - len(key)]}{new}{equals}{value}", [notice]
+def _singles(override: str) -> list[str]:
+    """The override itself; for a section given as a dictionary with keys of verl's in it: one for each key."""
+    value = _value(override) if _readable(override) else None
+    if not isinstance(value, dict) or not value:
+        return [override]
+    leaves = dict(_leaves(_key(override), value))
+    if all((place := place_of(key)) is None or place.kind is Kind.LIVE for key in leaves):
+        return [override]
+    return [f"{key}={_as_text(leaf)}" for key, leaf in leaves.items()]
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for name, below in value.items():
+            yield from _leaves(f"{key}.{name}", below)
+    else:
+        yield key, value
+
+
+def _translate(override: str, report: Report) -> list[str]:
+    """The overrides that one comes to: itself, under another name, with another value; or none."""
+    if not _readable(override):
+        return [override]
+    key, value, text = _key(override), _value(override), override.partition("=")[2]
+    verdict = verdict_now(key, value)
+    if verdict is None:
+        return [f"{moved_key(key)}={text}" if moved_key(key) != key else override]  # unknown under today's name
+    report.add(key, value, verdict)
+    if verdict.kind in (Kind.IGNORED, Kind.REFUSED):
+        return []
+    if not verdict.sets:
+        return [override]
+    return [f"{new}={text if changed == value else _as_text(changed)}" for new, changed in verdict.sets.items()]
+
+
+def _as_text(value: Any) -> str:
+    """A value in the grammar of overrides."""
+    if isinstance(value, str):
+        return value if value.startswith("${") else json.dumps(value)
+    if isinstance(value, list):
+        return f"[{','.join(_as_text(item) for item in value)}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{name}:{_as_text(item)}' for name, item in value.items())}}}"
+    return json.dumps(value)
 
 
 def _quote(override: str) -> str:
