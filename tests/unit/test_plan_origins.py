@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from trainer.config.keys import known_keys
-from trainer.config.load import CONFIG_DIR, searchpath_override
+from trainer.config.load import CONFIG_DIR, full_name, searchpath_override
 from trainer.config.overrides import prepare_overrides
 from trainer.plan.origins import Origin, Origins, origins_of
 
@@ -22,7 +22,7 @@ def origins(*overrides: str, name: str = "ppo_trainer", directory: Path = CONFIG
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(directory), version_base="1.3"):
         prepared = [*prepare_overrides(overrides)[0], searchpath_override()]
-        tree = compose(config_name=name, overrides=prepared)
+        tree = compose(config_name=full_name(name, directory), overrides=prepared)
     return origins_of([*flags, *overrides], tree, roll={key.replace("__", "."): path for key, path in roll.items()})
 
 

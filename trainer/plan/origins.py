@@ -17,11 +17,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from trainer.config.aliases import translate_tree
 from trainer.config.errors import UserError
 from trainer.config.keys import known_keys
 from trainer.config.load import CONFIG_DIR, DEFAULT_CONFIG_NAME, RECIPE_DIR, full_name
 from trainer.config.overrides import prepare_overrides
+from trainer.config.verl.translate import translate_nested
 
 Source = Literal["default", "recipe", "command line", "older name", "roll", "inherited", "adapted", "unknown"]
 
@@ -108,7 +108,7 @@ def _todays(key: str, value: object) -> list[str]:
     for name in parents:
         node = node.setdefault(name, {})
     node[last] = value
-    translate_tree(tree)
+    translate_nested(tree)
     return [new for new, _ in leaves(tree)]
 
 
