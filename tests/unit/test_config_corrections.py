@@ -91,8 +91,10 @@ def test_what_does_not(overrides: list[str], problem: str, remedy: str) -> None:
 def test_verls_places_of_parameters(tmp_path: Path) -> None:
     """On the command line and in YAML."""
     actor = LOSS.rpartition(".")[0]
-    cfg = load_config([*BASE, f"{actor}.tau_neg=1.2", f"{LOSS}.kl_cov_ratio=0.01"])
-    assert cfg.actor_rollout_ref.actor.policy_loss.params == {"tau_neg": 1.2, "kl_cov_ratio": 0.01}
+    both = [f"{actor}.tau_neg=1.2", f"{LOSS}.kl_cov_ratio=0.01"]
+    for mode, params in {"sapo": {"tau_neg": 1.2}, "kl_cov": {"kl_cov_ratio": 0.01}, "ppo": {}}.items():
+        cfg = load_config([*BASE, f"{LOSS}.loss_mode={mode}", *both])
+        assert cfg.actor_rollout_ref.actor.policy_loss.params == params, "those that the loss takes"
     recipe = (
         "defaults: [ppo_trainer, _self_]\nactor_rollout_ref: {actor: {policy_loss: {loss_mode: dro, dro_beta: 0.3}}}\n"
     )
