@@ -270,7 +270,7 @@ def test_the_models_config_is_asked_before_anything_starts(tmp_path: Path, monke
         def to_dict(self) -> dict[str, Any]:
             return QWEN | {"max_position_embeddings": 600}
 
-    monkeypatch.setattr(inputs, "_read_config", lambda *_: Fields())
+    monkeypatch.setattr(inputs, "read_config", lambda *_: Fields())
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: None)
     with pytest.raises(ValueError, match=r"^2 problems in the configuration:\n") as error:
         inputs.load_inputs(load_config([*BASE, f"{ROLLOUT}.tensor_model_parallel_size=4"]))
