@@ -51,7 +51,7 @@ def test_recipes_build_on_recipes(tmp_path: Path) -> None:
 
 
 def test_older_names_are_told(tmp_path: Path) -> None:
-    found = origins("trainer.n_devices_per_node=2", f"{ACTOR}.tau_pos=2")
+    found = origins("trainer.n_devices_per_node=2", f"{ACTOR}.policy_loss.loss_mode=sapo", f"{ACTOR}.tau_pos=2")
     assert found["trainer.n_gpus_per_node"] == Origin("older name", "trainer.n_devices_per_node=2")
     assert found[f"{ACTOR}.policy_loss.params"] == Origin("older name", f"{ACTOR}.tau_pos=2")
     text = "defaults: [ppo_trainer, _self_]\ncustom_reward_function: {path: r.py}\n"
@@ -75,11 +75,12 @@ def test_inherited_values_are_traced_to_who_set_them() -> None:
 
 
 def test_sections_and_free_dictionaries_are_split_into_what_they_set() -> None:
-    found = origins("actor_rollout_ref.actor.optim={lr: 1e-5, weight_decay: 0}", f"{ROLLOUT}.engine_kwargs.vllm.seed=1")
+    block_size = f"{ROLLOUT}.engine_kwargs.vllm.block_size=32"
+    found = origins("actor_rollout_ref.actor.optim={lr: 1e-5, weight_decay: 0}", block_size)
     for name in ("lr", "weight_decay"):
         assert found[f"{ACTOR}.optim.{name}"].source == "command line"
     assert found[f"{ACTOR}.optim.eps"].source == "default"
-    assert found[f"{ROLLOUT}.engine_kwargs.vllm"].detail == f"{ROLLOUT}.engine_kwargs.vllm.seed=1"
+    assert found[f"{ROLLOUT}.engine_kwargs.vllm"].detail == block_size
 
 
 def test_a_roll_file_stands_between_recipe_and_command_line() -> None:

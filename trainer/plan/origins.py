@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -64,6 +65,7 @@ def origins_of(argv: Sequence[str], tree: DictConfig, *, roll: Mapping[str, str]
     found |= {key: Origin("roll", path) for key, path in (roll or {}).items()}
     for override in arguments.overrides:
         found |= _of_override(override)
+    found |= _decided_together(arguments.overrides, tree)
     found = {key: origin for key, origin in found.items() if _is_ours(key)}
     return _inherit(found, tree)
 
@@ -125,6 +127,44 @@ def _of_override(override: str) -> Origins:
         origin = Origin("command line" if key == typed else "older name", override)
         found |= dict.fromkeys(_set_by(key, each), origin)
     return found
+
+
+def _decided_together(overrides: Sequence[str], tree: DictConfig) -> Origins:
+    """What those overrides set whose meaning takes other keys too: seen by translating the tree with each alone."""
+    typed = {override.partition("=")[0].lstrip("+~"): override for override in overrides}
+    pending = {key: override for key, override in typed.items() if not _is_known(key) and _holds(tree, key)}
+    found: Origins = {}
+    for key, override in pending.items():
+        nested: Any = OmegaConf.to_container(tree, resolve=False)
+        for other in pending.keys() - {key}:
+            _drop(nested, other)
+        before = deepcopy(dict(leaves(nested)))
+        translate_nested(nested, keep=typed.keys())
+        after = dict(leaves(nested))
+        changed = [name for name, value in after.items() if _is_known(name) and before.get(name) != value]
+        found |= dict.fromkeys(changed, Origin("older name", override))
+    return found
+
+
+def _is_known(key: str) -> bool:
+    known = known_keys()
+    return key in known.leaves or key in known.sections or known.is_free(key)
+
+
+def _holds(tree: DictConfig, key: str) -> bool:
+    node: Any = tree
+    for name in key.split("."):
+        if not isinstance(node, DictConfig) or name not in node:
+            return False
+        node = node._get_node(name)
+    return True
+
+
+def _drop(tree: dict[str, Any], key: str) -> None:
+    *parents, last = key.split(".")
+    for name in parents:
+        tree = tree[name]
+    del tree[last]
 
 
 def _set_by(key: str, override: str) -> list[str]:
