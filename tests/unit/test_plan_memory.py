@@ -264,6 +264,10 @@ def test_devices_that_do_the_same_are_told_together() -> None:
     training, generating = (dict(each.phases) for each in found)
     assert "generate" not in training and "update" not in generating
     assert training["sync"].terms["kv_cache"] == 0, "and no buckets: weights go through host memory"
+    cache = generating["generate"].terms["kv_cache"]
+    assert generating["asleep"].terms["kv_cache"] == cache > 0, "it sleeps for nobody"
+    told_to = dict(devices(config(W1, *apart, f"{ROLLOUT}.sleep_level=2"), QWEN_1_5B)[1].phases)
+    assert told_to["asleep"].terms["kv_cache"] == 0
     cut = [MEGATRON, f"{ACTOR}.megatron.pipeline_model_parallel_size=2", "trainer.n_gpus_per_node=2"]
     stages = devices(config(W1, *cut), QWEN_1_5B)
     assert [each.devices for each in stages] == [(0,), (1,)]

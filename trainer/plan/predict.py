@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from trainer.config.mapping import replica_devices
+from trainer.config.mapping import is_shared, replica_devices
 from trainer.config.roles import RoleName
 from trainer.config.schema import Config
 from trainer.engines import offloads
@@ -65,10 +65,9 @@ def device_uses(
     cfg: Config, models: Models, total: int | None, *, annotates: tuple[RoleName, ...]
 ) -> dict[int, DeviceUse]:
     """Who is on each device that anybody uses."""
-    rollout = cfg.actor_rollout_ref.rollout
     replica, generating = replica_terms(cfg, models.language, total), replica_devices(cfg)
     places = training_places(cfg)
-    sleeps = rollout.free_cache_engine and rollout.sleep_level != 0
+    asleep = {device for each in generating if _sleeps(cfg, each) for device in each}
     devices = {device for devices in generating for device in devices} | {place.device for place in places}
     uses = {}
     for device in devices:
@@ -77,11 +76,19 @@ def device_uses(
             tenants=tuple(_tenant(cfg, models, place) for place in here),
             annotates=annotates,
             replica=replica if any(device in each for each in generating) else None,
-            sleeps=sleeps,
+            sleeps=device in asleep,
             sync_buffers=_sync_buffers(cfg, models.language, places, generating) if here else 0,
             collectives=COLLECTIVE_BYTES if any(place.num_ranks > 1 for place in here) else 0,
         )
     return uses
+
+
+def _sleeps(cfg: Config, devices: tuple[int, ...]) -> bool:
+    """Whether the replica on these devices gives memory back; with `auto` only where somebody is to get it."""
+    rollout = cfg.actor_rollout_ref.rollout
+    if rollout.sleep_level == "auto":
+        return rollout.free_cache_engine and is_shared(cfg, devices)
+    return rollout.free_cache_engine and rollout.sleep_level != 0
 
 
 def _tenant(cfg: Config, models: Models, place: RankPlace) -> Tenant:
