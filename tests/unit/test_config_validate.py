@@ -321,6 +321,8 @@ def test_a_tracker_that_is_not_installed(base: list[str], monkeypatch: pytest.Mo
             ["trainer.device=cpu", f"{ROLLOUT}.kv_cache_gb=1", f"{ACTOR}.fsdp_config.param_offload=true"],
             f"{ACTOR}.fsdp_config.param_offload=true: on a CPU this copies",
         ),
+        ([f"{ACTOR}.policy_loss.loss_mode=gspo"], "loss_agg_mode=token-mean has no effect: "),
+        ([f"{ACTOR}.use_kl_loss=true", f"{ACTOR}.kl_loss_type=kl"], "kl_loss_type=kl: in the loss its gradient is 0"),
         (["trainer.resume_from_path=x"], "trainer.resume_from_path=x has no effect: trainer.resume_mode=auto"),
     ],
 )

@@ -27,6 +27,7 @@ from trainer.algorithms.policy.build import (
     policy_objective,
 )
 from trainer.algorithms.policy.covariance import covariances
+from trainer.config.notices import OWN_AGGREGATION
 
 MODE = "actor_rollout_ref.actor.policy_loss.loss_mode"
 PARAMS = "actor_rollout_ref.actor.policy_loss.params"
@@ -89,6 +90,7 @@ def test_what_is_refused(name: str, params: dict[str, Any], clips: ClipRange, me
 
 OWN = """
 from trainer.algorithms.policy.base import Objective, unclipped
+from trainer.config.notices import OWN_AGGREGATION
 
 def reinforce(x, scale=1.0):
     return -scale * x.advantages * x.logprobs
@@ -243,3 +245,8 @@ def test_other_losses_need_no_columns() -> None:
         assert (
             driver_columns(loss_of(name), batch_input(3, [4]), seed=(0,)) == {} == dict.fromkeys(loss_of(name).columns)
         )
+
+
+def test_the_losses_that_prescribe_their_aggregation_are_those_that_notices_name() -> None:
+    prescribed = {name for name, kind in OBJECTIVES.items() if kind.agg_mode is not None}
+    assert prescribed | {old for old, new in ALIASES.items() if new in prescribed} == set(OWN_AGGREGATION)

@@ -12,6 +12,8 @@ from trainer.config.schema import Config, RefConfig
 
 _ROLLOUT = "actor_rollout_ref.rollout"
 _ACTOR = "actor_rollout_ref.actor"
+OWN_AGGREGATION = ("gspo", "gmpo", "geo_mean", "sapo")
+"""Policy losses that are averaged in one way only."""
 
 
 def notices(cfg: Config) -> list[str]:
@@ -41,6 +43,16 @@ def _objective(cfg: Config) -> Iterator[str]:
         yield (
             f"{_ACTOR}.loss_scale_factor={actor.loss_scale_factor} has no effect: it belongs to "
             f"loss_agg_mode=seq-mean-token-sum-norm, and {_ACTOR}.loss_agg_mode={actor.loss_agg_mode}"
+        )
+    if actor.policy_loss.loss_mode in OWN_AGGREGATION and actor.loss_agg_mode != "seq-mean-token-mean":
+        yield (
+            f"{_ACTOR}.loss_agg_mode={actor.loss_agg_mode} has no effect: {_ACTOR}.policy_loss.loss_mode="
+            f"{actor.policy_loss.loss_mode} is defined with seq-mean-token-mean"
+        )
+    if actor.use_kl_loss and actor.kl_loss_type in ("k1", "kl"):
+        yield (
+            f"{_ACTOR}.kl_loss_type={actor.kl_loss_type}: in the loss its gradient is 0 on average, whatever the KL "
+            "is; low_var_kl (k3), or k1+ for its value with a gradient that counts"
         )
     in_loss, in_reward = actor.kl_loss_coef if actor.use_kl_loss else 0.0, cfg.algorithm.kl_ctrl.kl_coef
     if actor.use_kl_loss and not in_loss and not cfg.algorithm.use_kl_in_reward:
