@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from trainer.config.mapping import frees_cache
 from trainer.config.roles import TrainingRole, training_roles
 from trainer.config.schema import ActorConfig, Config, CriticConfig, OptimConfig
 from trainer.data.order import steps_per_epoch
@@ -73,7 +74,7 @@ def rollout_spec(cfg: Config, inputs: Inputs, kind: DeviceType, devices: list[De
         enable_chunked_prefill=rollout.enable_chunked_prefill,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         kv_cache_gb=rollout.kv_cache_gb or (1.0 if kind == "cpu" else None),
-        free_cache_engine=rollout.free_cache_engine and (shared or rollout.sleep_level != "auto"),
+        free_cache_engine=frees_cache(rollout, shared=shared),
         sleep_level=rollout.sleep_level,
         load_format=rollout.load_format,
         seed=rollout.seed,

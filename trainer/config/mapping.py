@@ -11,7 +11,7 @@ from itertools import combinations
 from trainer.config.devices import parse_device_mapping
 from trainer.config.errors import UserError, show
 from trainer.config.roles import training_roles
-from trainer.config.schema import Config, DeviceMapping
+from trainer.config.schema import Config, DeviceMapping, RolloutConfig
 
 _ROLLOUT = "actor_rollout_ref.rollout"
 
@@ -64,6 +64,11 @@ def used_devices(cfg: Config) -> tuple[int, ...]:
 def is_shared(cfg: Config, devices: Sequence[int]) -> bool:
     """Whether a training role uses one of these devices."""
     return any(set(ranks) & set(devices) for ranks in training_devices(cfg, num_devices=cfg.num_devices).values())
+
+
+def frees_cache(rollout: RolloutConfig, *, shared: bool) -> bool:
+    """Whether a replica gives memory back between calls. shared: with training; if not, `auto` does not."""
+    return rollout.free_cache_engine and (shared or rollout.sleep_level != "auto")
 
 
 def show_devices(ranks: Sequence[int]) -> str:

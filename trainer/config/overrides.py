@@ -33,7 +33,7 @@ def prepare_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     problems: list[str] = []
     for override in overrides:
         for single in _singles(_quote(override)):
-            if _readable(single) and waits(_key(single), _value(single)):
+            if _readable(single) and waits(override_key(single), _value(single)):
                 prepared.append(f"++{single.lstrip('+')}")
                 continue
             translated = _translate(single, report)
@@ -53,10 +53,11 @@ def check_override_keys(overrides: Sequence[str], known: KnownKeys) -> None:
 
 def overridden_keys(overrides: Sequence[str]) -> frozenset[str]:
     """Return the keys that the overrides set."""
-    return frozenset(_key(override) for override in overrides)
+    return frozenset(override_key(override) for override in overrides)
 
 
-def _key(override: str) -> str:
+def override_key(override: str) -> str:
+    """Return the key that one override sets or removes."""
     return override.partition("=")[0].lstrip("+~")
 
 
@@ -129,7 +130,7 @@ def _singles(override: str) -> list[str]:
     value = _value(override) if _readable(override) else None
     if not isinstance(value, dict) or not value:
         return [override]
-    leaves = dict(_leaves(_key(override), value))
+    leaves = dict(_leaves(override_key(override), value))
     if all((place := place_of(key)) is None or place.kind is Kind.LIVE for key in leaves):
         return [override]
     return [f"{key}={_as_text(leaf)}" for key, leaf in leaves.items()]
@@ -147,7 +148,7 @@ def _translate(override: str, report: Report) -> list[str]:
     """The overrides that one comes to: itself, under another name, with another value; or none."""
     if not _readable(override):
         return [override]
-    key, value, text = _key(override), _value(override), override.partition("=")[2]
+    key, value, text = override_key(override), _value(override), override.partition("=")[2]
     verdict = verdict_now(key, value)
     if verdict is None:
         return [f"{moved_key(key)}={text}" if moved_key(key) != key else override]  # unknown under today's name

@@ -21,8 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from trainer.config.errors import UserError
 from trainer.config.keys import known_keys
 from trainer.config.load import CONFIG_DIR, DEFAULT_CONFIG_NAME, RECIPE_DIR, full_name
-from trainer.config.overrides import prepare_overrides
-from trainer.config.verl.translate import translate_nested
+from trainer.config.overrides import override_key, prepare_overrides
+from trainer.config.verl.translate import assign, remove, translate_nested
 
 Source = Literal["default", "recipe", "command line", "older name", "roll", "inherited", "adapted", "unknown"]
 
@@ -105,11 +105,7 @@ def _of_file(file: Path) -> Origins:
 def _todays(key: str, value: object) -> list[str]:
     """What a key of a YAML file is called today."""
     tree: dict[str, Any] = {}
-    node = tree
-    *parents, last = key.split(".")
-    for name in parents:
-        node = node.setdefault(name, {})
-    node[last] = value
+    assign(tree, key, value)
     translate_nested(tree)
     return [new for new, _ in leaves(tree)]
 
@@ -120,10 +116,10 @@ def _of_override(override: str) -> Origins:
         prepared, _ = prepare_overrides([override])
     except UserError:  # it is wrong only without the others, which were checked together
         prepared = [override]
-    typed = override.partition("=")[0].lstrip("+~")
+    typed = override_key(override)
     found: Origins = {}
     for each in prepared:
-        key = each.partition("=")[0].lstrip("+~")
+        key = override_key(each)
         origin = Origin("command line" if key == typed else "older name", override)
         found |= dict.fromkeys(_set_by(key, each), origin)
     return found
@@ -131,13 +127,13 @@ def _of_override(override: str) -> Origins:
 
 def _decided_together(overrides: Sequence[str], tree: DictConfig) -> Origins:
     """What those overrides set whose meaning takes other keys too: seen by translating the tree with each alone."""
-    typed = {override.partition("=")[0].lstrip("+~"): override for override in overrides}
+    typed = {override_key(override): override for override in overrides}
     pending = {key: override for key, override in typed.items() if not _is_known(key) and _holds(tree, key)}
     found: Origins = {}
     for key, override in pending.items():
         nested: Any = OmegaConf.to_container(tree, resolve=False)
         for other in pending.keys() - {key}:
-            _drop(nested, other)
+            remove(nested, other)
         before = deepcopy(dict(leaves(nested)))
         translate_nested(nested, keep=typed.keys())
         after = dict(leaves(nested))
@@ -158,13 +154,6 @@ def _holds(tree: DictConfig, key: str) -> bool:
             return False
         node = node._get_node(name)
     return True
-
-
-def _drop(tree: dict[str, Any], key: str) -> None:
-    *parents, last = key.split(".")
-    for name in parents:
-        tree = tree[name]
-    del tree[last]
 
 
 def _set_by(key: str, override: str) -> list[str]:

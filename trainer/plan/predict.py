@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from trainer.config.mapping import is_shared, replica_devices
+from trainer.config.mapping import frees_cache, is_shared, replica_devices
 from trainer.config.roles import RoleName
 from trainer.config.schema import Config
 from trainer.engines import offloads
@@ -84,11 +84,9 @@ def device_uses(
 
 
 def _sleeps(cfg: Config, devices: tuple[int, ...]) -> bool:
-    """Whether the replica on these devices gives memory back; with `auto` only where somebody is to get it."""
+    """Whether the replica on these devices gives memory back."""
     rollout = cfg.actor_rollout_ref.rollout
-    if rollout.sleep_level == "auto":
-        return rollout.free_cache_engine and is_shared(cfg, devices)
-    return rollout.free_cache_engine and rollout.sleep_level != 0
+    return rollout.sleep_level != 0 and frees_cache(rollout, shared=is_shared(cfg, devices))
 
 
 def _tenant(cfg: Config, models: Models, place: RankPlace) -> Tenant:

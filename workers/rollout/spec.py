@@ -8,6 +8,20 @@ from typing import Any, Literal
 
 from workers.protocol import IntArray
 
+ENGINE_NAMES = (
+    "gpu_memory_utilization",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "enforce_eager",
+    "enable_prefix_caching",
+    "enable_chunked_prefill",
+    "dtype",
+    "load_format",
+    "seed",
+)
+"""Keys of `actor_rollout_ref.rollout` that are arguments of vLLM's engine under the same name."""
+
 
 @dataclass(frozen=True, slots=True)
 class RolloutSpec:

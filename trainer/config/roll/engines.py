@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from trainer.config.devices import parse_device_mapping
 from trainer.config.errors import UserError
 from trainer.config.roll.check import check_strategy
-from trainer.config.roll.table_strategies import VLLM
+from trainer.config.roll.table_strategies import SAME_NAMES, VLLM
 from trainer.config.roll.tree import Options, Translation
 
 SECTIONS = {"actor_train": "actor_rollout_ref.actor", "reference": "actor_rollout_ref.ref", "critic": "critic"}
@@ -26,15 +26,6 @@ _STRATEGIES = {
 }
 _PARALLEL = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
 _TRAINING_DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp32": "float32", "float32": "float32"}
-_SAME_NAMES = (
-    "gpu_memory_utilization",
-    "max_model_len",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "enforce_eager",
-    "enable_prefix_caching",
-    "enable_chunked_prefill",
-)
 
 
 def translate_roles(into: Translation, roles: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -157,7 +148,7 @@ def _rollout(into: Translation, devices: dict[str, tuple[int, ...]]) -> None:
         config.either("tensor_parallel_size", 1),
         f"{source}.tensor_parallel_size",
     )
-    for key in _SAME_NAMES:
+    for key in SAME_NAMES:
         if key in config.given:
             into.put(f"{_ROLLOUT}.{key}", config.given[key], f"{source}.{key}")
     for key, value in config.given.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trainer.config.roll.rules import Rules, computed, no_effect, refused
+from workers.rollout.spec import ENGINE_NAMES
 
 _FUSED = "kernels are chosen by what is installed"
 _EXPERTS = "experts are computed in one grouped product, on tokens sent to them"
@@ -109,22 +110,13 @@ FSDP2: Rules = {
     "apply_expert_patch": no_effect("ROLL 0.3 drops it"),
 }
 _ROLLOUT = "actor_rollout_ref.rollout"
+SAME_NAMES = tuple(name for name in ENGINE_NAMES if name not in ("dtype", "load_format", "seed"))
+"""Options of vLLM's that are rollout keys as they are; the other three come from elsewhere in ROLL's file."""
 VLLM: Rules = {
     "tensor_parallel_size": computed(f"`{_ROLLOUT}.tensor_model_parallel_size`"),
     "load_format": computed(f"`{_ROLLOUT}.load_format`: dummy; auto, safetensors: auto"),
     "sleep_level": computed(f"`{_ROLLOUT}.sleep_level`, where devices are shared"),
-    **{
-        name: computed(f"`{_ROLLOUT}.{name}`")
-        for name in (
-            "gpu_memory_utilization",
-            "max_model_len",
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "enforce_eager",
-            "enable_prefix_caching",
-            "enable_chunked_prefill",
-        )
-    },
+    **{name: computed(f"`{_ROLLOUT}.{name}`") for name in SAME_NAMES},
     "dtype": computed(f"`{_ROLLOUT}.dtype`; ROLL overwrites it with model_args.dtype"),
     "pipeline_parallel_size": refused("a replica is cut by tensor parallelism alone", "set it to 1", 1),
     "data_parallel_size": refused(

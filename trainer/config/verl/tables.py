@@ -9,6 +9,7 @@ from trainer.config.verl.table_engines import ENGINES
 from trainer.config.verl.table_policy import POLICY
 from trainer.config.verl.table_rollout import ROLLOUT_KEYS
 from trainer.config.verl.table_run import RUN
+from workers.rollout.spec import ENGINE_NAMES
 
 MOVED: dict[str, str] = {
     "critic.model.fsdp_config": "critic.fsdp",
@@ -34,18 +35,7 @@ MOVED: dict[str, str] = {
     ),
     **{
         f"actor_rollout_ref.rollout.engine_kwargs.vllm.{name}": f"actor_rollout_ref.rollout.{name}"
-        for name in (
-            "dtype",
-            "max_model_len",
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "enforce_eager",
-            "enable_prefix_caching",
-            "enable_chunked_prefill",
-            "load_format",
-            "seed",
-            "gpu_memory_utilization",
-        )
+        for name in ENGINE_NAMES
     },
 }
 """Old key or section -> its place today, or the place under which the table has it. The first that fits is taken."""

@@ -110,12 +110,12 @@ class _Walk:
 
     def _settle(self, key: str, value: Any, verdict: Verdict) -> None:
         if key not in verdict.sets and verdict.kind is not Kind.LIVE:
-            _remove(self.tree, key)
+            remove(self.tree, key)
         if verdict.sets:
             self.now = None
         for new, changed in verdict.sets.items():
             if verdict.forced or verdict.kind is Kind.LIVE or new not in self.keep:
-                _assign(self.tree, new, changed)
+                assign(self.tree, new, changed)
         self.report.add(key, value, verdict)
 
     def _value(self, key: str) -> Any:
@@ -171,7 +171,8 @@ def _leaves(tree: Tree, prefix: str) -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-def _assign(tree: Tree, key: str, value: Any) -> None:
+def assign(tree: Tree, key: str, value: Any) -> None:
+    """Set a key of a nested dictionary, making the sections that it lacks."""
     *parents, name = key.split(".")
     for parent in parents:
         below = tree.setdefault(parent, {})
@@ -185,11 +186,11 @@ def _move(tree: Tree, key: str, new: str) -> None:
     node: Any = tree
     for name in key.split("."):
         node = node[name]
-    _remove(tree, key)
-    _assign(tree, new, node)
+    remove(tree, key)
+    assign(tree, new, node)
 
 
-def _remove(tree: Tree, key: str) -> None:
+def remove(tree: Tree, key: str) -> None:
     """Take a key out, and with it the sections that are not ours and have nothing left."""
     section, _, name = key.rpartition(".")
     node: Any = tree
@@ -198,4 +199,4 @@ def _remove(tree: Tree, key: str) -> None:
     del node[name]
     known = known_keys()
     if section and not node and section not in known.sections | known.free_form:
-        _remove(tree, section)
+        remove(tree, section)

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from workers.rollout.spec import RolloutSpec
+from workers.rollout.spec import ENGINE_NAMES, RolloutSpec
 from workers.rollout.vllm.capabilities import Capabilities
 
 ROLLOUT = "actor_rollout_ref.rollout"
@@ -31,21 +31,7 @@ _KEYS = {
     "enable_sleep_mode": f"{ROLLOUT}.free_cache_engine",
     "device_ids": f"{ROLLOUT}.device_mapping",
     "device": "trainer.device",
-} | {
-    name: f"{ROLLOUT}.{name}"
-    for name in (
-        "dtype",
-        "max_model_len",
-        "max_num_seqs",
-        "max_num_batched_tokens",
-        "enforce_eager",
-        "enable_prefix_caching",
-        "enable_chunked_prefill",
-        "load_format",
-        "seed",
-        "gpu_memory_utilization",
-    )
-}
+} | {name: f"{ROLLOUT}.{name}" for name in ENGINE_NAMES}
 """Arguments that have a key of their own; the rest may be passed through."""
 
 _OURS = (
