@@ -36,7 +36,6 @@ from transformers import (
 
 from trainer.batching import Limits, plan_batch
 from trainer.plan.batches import Budget, budget_of
-from trainer.plan.fragments import stranded_bytes
 from trainer.plan.layout import layout_of
 from trainer.plan.memory import CATEGORIES, PHASES
 from trainer.plan.predict import Models, device_uses
@@ -195,15 +194,6 @@ def test_the_cache_is_what_the_share_leaves() -> None:
     assert small.concurrency == pytest.approx(2 * terms.concurrency, rel=1e-3)
     eager = replica_terms(config(W1_7B, f"{ROLLOUT}.enforce_eager=true"), layout, H200)
     assert eager.graphs == 0 < terms.graphs
-
-
-def test_state_strands_what_is_left_of_blocks() -> None:
-    mib = 1 << 20
-    assert stranded_bytes([55 * mib], [103 * mib, 200 * mib]) == 48 * mib, "the smallest block with room"
-    assert stranded_bytes([55 * mib, 48 * mib], [103 * mib]) == 0, "the second fits into what is left"
-    assert stranded_bytes([55 * mib, 55 * mib], [103 * mib, 103 * mib]) == 96 * mib
-    assert stranded_bytes([500 * mib], [103 * mib]) == 0, "it gets memory of its own"
-    assert stranded_bytes([mib], [9 * mib]) == 0, "small blocks are not counted"
 
 
 MEASURED = {  # docs/benchmarks.md, GiB

@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from trainer.config.roles import RoleName
-from trainer.plan.layout import Layout
-from trainer.plan.passes import least_kept, stranded_by, taken_by, wanted_bytes
+from trainer.plan.passes import least_kept, taken_by, wanted_bytes
 from trainer.plan.replica import CONTEXT_BYTES, ReplicaTerms, replica_parts
 from trainer.plan.training import EngineTerms, Pass
 from workers.engines.recompute import MARGIN, num_recomputed
@@ -23,20 +22,18 @@ from workers.settings import Auto
 PHASES = ("start", "generate", "annotate", "update", "sync", "asleep")
 """asleep: between calls, with replicas asleep."""
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", "buffers", "kv_cache", "overhead")
-"""buffers: chunks of logits, gathered parameters, buckets of the weight sync. overhead: CUDA contexts and graphs, NCCL,
-and blocks of the allocator that cannot be given back."""
+"""buffers: chunks of logits, gathered parameters, buckets of the weight sync. overhead: CUDA contexts, graphs, NCCL."""
 
 Terms = dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """A role on a device: its terms, when its parts leave ("weights", "optimizer"), and its model."""
+    """A role on a device: its terms, and when its parts leave ("weights", "optimizer")."""
 
     name: RoleName
     terms: EngineTerms
     offload: Mapping[str, Auto]
-    layout: Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +101,6 @@ class _State:
     total: int | None
     parts: list[_Resident]
     awake: Terms = field(default_factory=dict)
-    stranded: int = 0
     found: dict[str, PhaseMemory] = field(default_factory=dict)
 
 
@@ -146,8 +142,6 @@ def _step(state: _State) -> None:
     for tenant in sorted(state.use.tenants, key=lambda each: each.name == "actor"):  # the critic first
         if tenant.terms.update is not None:
             _call(state, "update", tenant, tenant.terms.update)
-            done = state.found["update"].recomputed or 0
-            state.stranded = max(state.stranded, stranded_by(tenant.terms, tenant.layout, done))
     _note(state, "asleep", {}, _others(state))
     _sync(state)
     if state.use.replica is not None:
@@ -248,8 +242,8 @@ def _sleep(state: _State) -> None:
 
 
 def _fixed(state: _State) -> int:
-    """Of the process that trains: context, NCCL, blocks that cannot be given back."""
-    return CONTEXT_BYTES + state.use.collectives + state.stranded if state.parts else 0
+    """Of the process that trains: context, NCCL."""
+    return CONTEXT_BYTES + state.use.collectives if state.parts else 0
 
 
 def _in_use(state: _State) -> int:

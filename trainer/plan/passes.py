@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from trainer.plan.fragments import stranded_bytes
-from trainer.plan.layout import Layout
 from trainer.plan.training import EngineTerms, Pass
 from workers.engines.recompute import WORKING_LAYERS
 
@@ -31,19 +29,3 @@ def taken_by(terms: EngineTerms, at_work: Pass, recomputed: int, gathered: bool,
     working = at_work.tokens * layer.whole * (2 if recomputed else 1)
     activations = at_work.in_flight * kept + max(0.0, working - at_work.logits)
     return {"gradients": terms.gradients, "activations": int(activations), "buffers": at_work.logits + parameters}
-
-
-def stranded_by(terms: EngineTerms, layout: Layout, recomputed: int) -> int:
-    """Blocks that optimizer state keeps the allocator from giving back, after a role's first update (`fragments`).
-
-    recomputed: layers, which leave their input alone behind.
-    """
-    update = terms.update
-    assert update is not None
-    rows = update.in_flight
-    numbers = 4 * layout.hidden + 2 * layout.query + 2 * layout.kv + 3 * layout.intermediate
-    itemsize = terms.layer.whole / numbers  # smaller where a layer is cut
-    widths = [*[layout.hidden] * 4, *[layout.query] * 2, *[layout.kv] * 2, *[layout.intermediate] * 3]
-    kept = [int(rows * width * itemsize) for width in widths] * (terms.num_layers - recomputed)
-    thin = [int(rows * layout.hidden * itemsize)] * recomputed
-    return stranded_bytes(terms.states, [*kept, *thin, update.logits])

@@ -92,7 +92,7 @@ def _sleeps(cfg: Config, devices: tuple[int, ...]) -> bool:
 def _tenant(cfg: Config, models: Models, place: RankPlace) -> Tenant:
     name = place.role.name
     layout = models.of(name)
-    return Tenant(name, engine_terms(cfg, place, layout), offloads(place.role), layout)
+    return Tenant(name, engine_terms(cfg, place, layout), offloads(place.role))
 
 
 def _sync_buffers(cfg: Config, layout: Layout, places: list[RankPlace], generating: tuple[tuple[int, ...], ...]) -> int:

@@ -47,8 +47,7 @@ class EngineTerms:
 
     gathered: parameters outside the layers and of two layers; gathered_all: of the whole model, kept where they fit
         (0: the engine gathers nothing). keep_gathered: as configured.
-    layer: activations of one layer per token; num_layers: of this rank. states: of each tensor that the optimizer
-        makes in its first step.
+    layer: activations of one layer per token; num_layers: of this rank.
     """
 
     weights: int
@@ -62,7 +61,6 @@ class EngineTerms:
     recompute: Auto
     forward: Pass
     update: Pass | None
-    states: tuple[int, ...]
 
 
 def engine_terms(cfg: Config, place: RankPlace, layout: Layout) -> EngineTerms:
@@ -111,7 +109,6 @@ def _fsdp(cfg: Config, place: RankPlace, layout: Layout) -> EngineTerms:
         recompute=_recompute(cfg, place),
         forward=_pass(forward, 1, _chunks(layout, forward, 1), reserved),
         update=_pass(update, 1, _chunks(layout, update, 1, itemsize), reserved) if update else None,
-        states=_states([t.numel for t in layout.tensors if not t.is_copy], ranks, master) if trains else (),
     )
 
 
@@ -140,7 +137,6 @@ def _megatron(cfg: Config, place: RankPlace, layout: Layout) -> EngineTerms:
         recompute=_recompute(cfg, place),
         forward=_pass(forward, 1, _chunks(layout, forward, tensor) if is_last else 0, reserved),
         update=_pass(update, flight, logits, reserved) if update else None,
-        states=_states(held, place.data_size, _itemsize(sharding.master_dtype)) if trains else (),
     )
 
 
@@ -189,11 +185,6 @@ def _chunks(layout: Layout, micro: Micro, tensor: int, itemsize: int = 0) -> int
     if not itemsize:
         return chunk
     return chunk + chunk * itemsize // _LOGIT + (_LOGIT + itemsize) * layout.output // tensor
-
-
-def _states(numels: list[int], ranks: int, itemsize: int) -> tuple[int, ...]:
-    """Both moments of each tensor, in the order in which they are made."""
-    return tuple(-(-numel // ranks) * itemsize for numel in numels for _ in range(2))
 
 
 def _itemsize(dtype: str) -> int:

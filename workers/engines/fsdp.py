@@ -109,6 +109,7 @@ class FSDPEngine:
         if not skipped:
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
+            begin_state(self._optimizer)
             self._optimizer.step()
         self._optimizer.zero_grad()
         self._num_updates += 1

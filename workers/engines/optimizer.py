@@ -27,7 +27,11 @@ def begin_state(optimizer: torch.optim.AdamW) -> None:
     """Gives parameters that were never stepped the state a first step starts from.
 
     torch's own way of making state to save or to load into is a step with a learning rate of 0, which counts as one.
+    A first step would make it inside the memory that activations have just left, and no block that holds some of it
+    could be given back.
     """
+    if not optimizer.state and torch.cuda.is_available():
+        torch.cuda.empty_cache()
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         if parameter not in optimizer.state:
             optimizer.state[parameter] = {

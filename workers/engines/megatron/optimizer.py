@@ -114,6 +114,7 @@ class ShardedAdamW:
             master.grad = segment.gradient.mul_(scale).to(master.dtype)
         for group in self._adamw.param_groups:
             group["lr"] = lr
+        begin_state(self._adamw)
         self._adamw.step()
         self._adamw.zero_grad()
         self.publish()
