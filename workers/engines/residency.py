@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from workers.pinned import pin
+
 
 class Part:
     """Tensors of one engine that leave the device storage by storage, and come back together.
@@ -91,10 +93,10 @@ def _content(storage: torch.UntypedStorage) -> Tensor:
 
 
 def _host_buffer(num_bytes: int, *, pinned: bool) -> Tensor:
-    """uint8 [num_bytes]. Pinned by registering it: PyTorch's own pinned memory is rounded up to a power of two."""
+    """uint8 [num_bytes]."""
     buffer = torch.empty(num_bytes, dtype=torch.uint8)
     if pinned:
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), num_bytes, 0))
+        pin(buffer)
     return buffer
 
 

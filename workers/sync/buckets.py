@@ -16,10 +16,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from workers.sync.checksum import checksum
+from workers.sync.checksum import bit_sum
 from workers.sync.memory import DeviceBuffer, SharedFile, open_device_buffer, open_shared_file
 
 Channel = Literal["shared_memory", "cuda_ipc"]
+_PASS_BYTES = 64 << 20
+"""Of what is cast on a GPU at a time, on its way to host memory."""
 Shard = tuple[str, Tensor, tuple[int, ...], int, int]
 """HF name, this rank's part, full shape, first index, and the dimension (0 or 1) it is cut along."""
 
@@ -82,17 +84,17 @@ class BucketWriter:
         buffer = self._buffers[number % 2]
         memory = buffer.view(total)
         pieces: list[Piece] = []
-        bits = 0
+        sums: list[Tensor] = []
         offset = 0
         for i in chosen:
             name, local, shape, first, dim = shards[i]
             target = memory[offset : offset + local.numel() * itemsize].view(self._dtype).view(local.shape)
-            target.copy_(local)
-            bits += checksum(target)
+            sums += _copy(local, target)
             pieces.append(Piece(name, shape, dim, first, local.shape[dim], offset))
             offset += local.numel() * itemsize
+        bits = int(torch.stack(sums).sum().item()) % (1 << 64)
         buffer.finish()
-        return Bucket(buffer.address, self._dtype_name, tuple(pieces), total, bits % (1 << 64))
+        return Bucket(buffer.address, self._dtype_name, tuple(pieces), total, bits)
 
     def content(self, bucket: Bucket, number: int) -> npt.NDArray[np.uint8]:
         """The bytes of bucket `number`, which was just written: a view of shared memory."""
@@ -116,16 +118,34 @@ class BucketWriter:
         return buckets
 
 
-class BucketReader:
-    """Reads buckets; keeps the buffers it has seen mapped."""
+def _copy(local: Tensor, target: Tensor) -> Iterator[Tensor]:
+    """Casts and copies, and gives sums of the bits that were written, computed where they come from."""
+    if local.device == target.device:
+        target.copy_(local)
+        yield bit_sum(target)
+        return
+    rows = max(1, _PASS_BYTES * len(target) // max(target.nbytes, 1))
+    for part, place in zip(local.split(rows), target.split(rows), strict=True):
+        cast = part.to(target.dtype)
+        place.copy_(cast, non_blocking=True)
+        yield bit_sum(cast)
 
-    def __init__(self) -> None:
-        self._maps: dict[tuple[str | bytes, int], Tensor] = {}
+
+class BucketReader:
+    """Reads buckets; keeps the buffers it has seen mapped.
+
+    device: where a parameter that comes in several parts is put together, if there is room.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._maps: dict[str | bytes, Tensor] = {}
+        self._device = torch.device(device)
 
     def read(self, messages: Sequence[dict[str, object]]) -> Iterator[tuple[str, Tensor]]:
         """(HF name, full tensor) of every parameter in a bucket, from all ranks' messages (`Bucket.as_message`).
 
-        Raises RuntimeError if the parts of a parameter are not all there exactly once.
+        A parameter in one part is a view of the buffer. Raises RuntimeError if the parts of a parameter are not all
+        there exactly once.
         """
         parts: dict[str, list[tuple[int, Tensor]]] = {}
         cuts: dict[str, tuple[int, int]] = {}
@@ -139,27 +159,37 @@ class BucketReader:
                 cuts[name] = (dim, shape[dim])
         for name, pieces in parts.items():
             filled = sorted((p for p in pieces if p[1].numel()), key=lambda piece: piece[0])
-            yield name, _join(name, *cuts[name], filled)
+            yield name, self._join(name, *cuts[name], filled)
+
+    def _join(self, name: str, dim: int, size: int, pieces: list[tuple[int, Tensor]]) -> Tensor:
+        what = "rows" if dim == 0 else "columns"
+        expected = 0
+        for first, part in pieces:
+            if first != expected:
+                raise RuntimeError(f"weight sync: {what} {expected}..{first} of {name} are missing or came twice")
+            expected += part.shape[dim]
+        if expected != size:
+            raise RuntimeError(f"weight sync: {name} has {expected} {what}, expected {size}")
+        if len(pieces) == 1:
+            return pieces[0][1]
+        shape = list(pieces[0][1].shape)
+        shape[dim] = size
+        whole = self._empty(shape, pieces[0][1].dtype)
+        for first, part in pieces:
+            whole.narrow(dim, first, part.shape[dim]).copy_(part, non_blocking=True)
+        return whole
+
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        try:
+            return torch.empty(shape, dtype=dtype, device=self._device)
+        except torch.OutOfMemoryError:  # others use the device too; slower, and the same in the end
+            return torch.empty(shape, dtype=dtype)
 
     def _map(self, address: str | bytes, num_bytes: int) -> Tensor:
         if num_bytes == 0:
             return torch.empty(0, dtype=torch.uint8)
-        key = (address, num_bytes)
-        if key not in self._maps:
-            if isinstance(address, bytes):
-                self._maps[key] = open_device_buffer(address)[:num_bytes]
-            else:
-                self._maps[key] = open_shared_file(address, num_bytes)
-        return self._maps[key]
-
-
-def _join(name: str, dim: int, size: int, pieces: list[tuple[int, Tensor]]) -> Tensor:
-    what = "rows" if dim == 0 else "columns"
-    expected = 0
-    for first, part in pieces:
-        if first != expected:
-            raise RuntimeError(f"weight sync: {what} {expected}..{first} of {name} are missing or came twice")
-        expected += part.shape[dim]
-    if expected != size:
-        raise RuntimeError(f"weight sync: {name} has {expected} {what}, expected {size}")
-    return pieces[0][1] if len(pieces) == 1 else torch.cat([part for _, part in pieces], dim)
+        known = self._maps.get(address)
+        if known is None or len(known) < num_bytes:
+            known = open_shared_file(address, known) if isinstance(address, str) else open_device_buffer(address)
+            self._maps[address] = known
+        return known[:num_bytes]

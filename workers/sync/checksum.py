@@ -14,5 +14,10 @@ def checksum(tensor: Tensor) -> int:
     A trainer's q, k and v sum to what the engine's fused qkv sums to, so both sides can compare whole models. Every
     changed, missing or doubled value changes the sum (two changes that cancel exactly would not be seen).
     """
+    return int(bit_sum(tensor).item()) % (1 << 64)
+
+
+def bit_sum(tensor: Tensor) -> Tensor:
+    """The same as a scalar on the tensor's device, int64, which wraps around: for sums of many."""
     bits = tensor.detach().contiguous().view(-1).view(_INTEGER[tensor.element_size()])
-    return int(bits.sum(dtype=torch.int64).item()) % (1 << 64)
+    return bits.sum(dtype=torch.int64)

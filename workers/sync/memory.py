@@ -9,9 +9,14 @@ import pickle
 import torch
 from torch import Tensor
 
+from workers.pinned import pin, unpin
+
+_GROWTH = 64 << 20
+"""Files grow by multiples of it. Each time a pinned one is pinned anew; in others what is not written takes nothing."""
+
 
 class SharedFile:
-    """An anonymous file (memfd) that grows to what is asked of it.
+    """An anonymous file (memfd) that grows to what is asked of it; pinned in a process that uses a GPU.
 
     Other processes of the same user reach it through /proc, and nothing is left behind however a process dies.
     """
@@ -24,8 +29,9 @@ class SharedFile:
     def view(self, num_bytes: int) -> Tensor:
         """uint8 view of the first `num_bytes`."""
         if self._memory is None or len(self._memory) < num_bytes:
-            os.ftruncate(self._descriptor, max(num_bytes, 1))
-            self._memory = torch.frombuffer(mmap.mmap(self._descriptor, max(num_bytes, 1)), dtype=torch.uint8)
+            size = max(1, -(-num_bytes // _GROWTH)) * _GROWTH
+            os.ftruncate(self._descriptor, size)
+            self._memory = _mapped(self._descriptor, size, instead_of=self._memory)
         return self._memory[:num_bytes]
 
     def missing_bytes(self, num_bytes: int) -> int:
@@ -33,17 +39,27 @@ class SharedFile:
         return 0
 
     def finish(self) -> None:
-        """What was written can be read as it is."""
+        """Waits until all is written."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
 
 
-def open_shared_file(address: str, num_bytes: int) -> Tensor:
-    """The first bytes of another process's `SharedFile`, uint8."""
+def open_shared_file(address: str, instead_of: Tensor | None = None) -> Tensor:
+    """Another process's whole `SharedFile`, uint8. instead_of: what it gave before the file grew."""
     descriptor = os.open(address, os.O_RDWR)
     try:
-        memory = mmap.mmap(descriptor, num_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        return _mapped(descriptor, os.fstat(descriptor).st_size, instead_of=instead_of)
     finally:
         os.close(descriptor)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def _mapped(descriptor: int, size: int, *, instead_of: Tensor | None) -> Tensor:
+    memory = torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)
+    if torch.cuda.is_initialized():
+        if instead_of is not None:
+            unpin(instead_of)
+        pin(memory)
+    return memory
 
 
 class DeviceBuffer:

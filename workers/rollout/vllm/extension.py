@@ -98,7 +98,7 @@ class TandemWorkerExtension:
             raise RuntimeError(
                 "weight sync: this vLLM's CPU build cannot take new weights for mixture-of-experts models; use 0.32"
             )
-        self._tandem_reader = getattr(self, "_tandem_reader", None) or BucketReader()
+        self._tandem_reader = getattr(self, "_tandem_reader", None) or BucketReader(self.device)
         self._tandem_seen: set[str] = set()
         self._tandem_layerwise = experts and torch.cuda.is_available() and importlib.util.find_spec(RELOAD) is not None
         if self._tandem_layerwise:
@@ -112,15 +112,17 @@ class TandemWorkerExtension:
 
     def tandem_load_bucket(self, messages: list[dict[str, object]]) -> None:
         """Loads one bucket from all training ranks. Raises RuntimeError for a parameter that came twice."""
-        weights = list(self._tandem_reader.read(messages))
-        for name, _ in weights:
+        with self._tandem_loading():
+            self.model_runner.model.load_weights(self._tandem_new(messages))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the trainer may fill this bucket's memory again
+
+    def _tandem_new(self, messages: list[dict[str, object]]) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in self._tandem_reader.read(messages):
             if name in self._tandem_seen:
                 raise RuntimeError(f"weight sync: {name} came twice in one update")
             self._tandem_seen.add(name)
-        with self._tandem_loading():
-            self.model_runner.model.load_weights(iter(weights))
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # the trainer may fill this bucket's memory again
+            yield name, weight
 
     def tandem_finish_update(self) -> dict[str, int]:
         """Checks that everything was written; returns the number of parameters received and the checksum of all held.
@@ -132,6 +134,8 @@ class TandemWorkerExtension:
             with self._tandem_loading():
                 reload = importlib.import_module(RELOAD)
                 reload.finalize_layerwise_reload(model, self.model_runner.model_config)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # parameters that were put together: the cache of keys and values wants the room
         parameters = _parameters(model)
         missing = [n for n, p in parameters.items() if p.is_floating_point() and bool(torch.isnan(p).any())]
         if missing:
