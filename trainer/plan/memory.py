@@ -12,13 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from trainer.config.roles import RoleName
-from trainer.plan.passes import least_kept, taken_by, wanted_bytes
-from trainer.plan.replica import CONTEXT_BYTES, ReplicaTerms, replica_parts
+from trainer.plan.passes import idle_blocks, least_kept, taken_by, wanted_bytes
+from trainer.plan.replica import ReplicaTerms, replica_parts
 from trainer.plan.training import EngineTerms, Pass
 from workers.engines.recompute import MARGIN, num_recomputed
 from workers.memory import SPARE_BYTES
 from workers.settings import Auto
 
+CONTEXT_BYTES = 850 << 20
+"""Of a process that trains on a GPU: CUDA context, loaded kernels, workspaces of matrix products (on an H200)."""
 PHASES = ("start", "generate", "annotate", "update", "sync", "asleep")
 """asleep: between calls, with replicas asleep."""
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", "buffers", "kv_cache", "overhead")
@@ -175,6 +177,9 @@ def _call(state: _State, phase: str, tenant: Tenant, at_work: Pass) -> None:
     _enter(state, needed, wanted)
     recomputed, gathered = _decide(state, tenant, at_work, trains=trains)
     found = taken_by(terms, at_work, recomputed, gathered, trains=trains)
+    idle = idle_blocks(terms, at_work, recomputed, trains=trains)
+    room = idle if state.total is None else state.total - _in_use(state) - sum(found.values())
+    found["activations"] += max(0, min(idle, room))
     least = taken_by(terms, at_work, least_kept(terms) if trains else 0, False, trains=trains)
     held = sum(part.size for part in needed if part.offload is not False) + _others(state)
     firm = held + least["gradients"] + least["buffers"]

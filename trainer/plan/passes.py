@@ -19,7 +19,7 @@ def least_kept(terms: EngineTerms) -> int:
 
 
 def taken_by(terms: EngineTerms, at_work: Pass, recomputed: int, gathered: bool, *, trains: bool) -> dict[str, int]:
-    """What a pass takes for itself: at the output layer, or in the layer at work, whichever is more."""
+    """What a pass needs for itself: at the output layer, or in the layer at work, whichever is more."""
     layer = terms.layer
     parameters = max(terms.gathered_all, terms.gathered) if gathered else terms.gathered
     if not trains:
@@ -29,3 +29,10 @@ def taken_by(terms: EngineTerms, at_work: Pass, recomputed: int, gathered: bool,
     working = at_work.tokens * layer.whole * (2 if recomputed else 1)
     activations = at_work.in_flight * kept + max(0.0, working - at_work.logits)
     return {"gradients": terms.gradients, "activations": int(activations), "buffers": at_work.logits + parameters}
+
+
+def idle_blocks(terms: EngineTerms, at_work: Pass, recomputed: int, *, trains: bool) -> int:
+    """What it holds besides, where there is room: of the layer at work and the output layer each has blocks that the
+    other has no use for, as a chunk of logits is larger than any of a layer's, and PyTorch keeps both."""
+    working = at_work.tokens * terms.layer.whole * (2 if trains and recomputed else 1)
+    return int(min(working, at_work.logits))

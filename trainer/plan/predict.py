@@ -78,7 +78,7 @@ def device_uses(
             replica=replica if any(device in each for each in generating) else None,
             sleeps=device in asleep,
             sync_buffers=_sync_buffers(cfg, models.language, places, generating) if here else 0,
-            collectives=COLLECTIVE_BYTES if any(place.num_ranks > 1 for place in here) else 0,
+            collectives=COLLECTIVE_BYTES if any(p.num_ranks > 1 or p.role.megatron for p in here) else 0,
         )
     return uses
 

@@ -11,9 +11,9 @@ from trainer.config.schema import Config, RolloutConfig
 from trainer.plan.layout import Layout
 
 CONTEXT_BYTES = 600 << 20
-"""Of a process that uses a GPU: CUDA context, loaded kernels, workspaces of matrix products (an H100's or H200's)."""
+"""Of what a worker takes for itself, the part that its share includes: CUDA context, loaded kernels, workspaces."""
 COLLECTIVE_BYTES = 512 << 20
-"""Buffers of NCCL in a process that talks to others."""
+"""Buffers of NCCL in a process that talks to others, or, with Megatron, could."""
 _GRAPH_BYTES = 8 << 20
 """Of one captured CUDA graph, beyond the memory that all of them share."""
 _SAMPLER_BYTES = 36

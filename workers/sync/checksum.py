@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+PASS_ELEMENTS = 1 << 24
+"""Looked at together. PyTorch widens them all before it sums: of an embedding that would be gigabytes at a time."""
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -20,4 +22,10 @@ def checksum(tensor: Tensor) -> int:
 def bit_sum(tensor: Tensor) -> Tensor:
     """The same as a scalar on the tensor's device, int64, which wraps around: for sums of many."""
     bits = tensor.detach().contiguous().view(-1).view(_INTEGER[tensor.element_size()])
-    return bits.sum(dtype=torch.int64)
+    return torch.stack([part.sum(dtype=torch.int64) for part in bits.split(PASS_ELEMENTS)]).sum()
+
+
+def has_nan(tensor: Tensor) -> bool:
+    """Whether any element is not a number."""
+    parts = tensor.detach().contiguous().view(-1).split(PASS_ELEMENTS)
+    return bool(torch.stack([torch.isnan(part).any() for part in parts]).any())

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from workers.memory import CudaMeter
 from workers.sync.buckets import BucketReader
-from workers.sync.checksum import checksum
+from workers.sync.checksum import checksum, has_nan
 
 CPU_EXPERTS = "vllm.model_executor.layers.fused_moe.experts.cpu_moe"
 RELOAD = "vllm.model_executor.model_loader.reload"
@@ -134,16 +134,14 @@ class TandemWorkerExtension:
             with self._tandem_loading():
                 reload = importlib.import_module(RELOAD)
                 reload.finalize_layerwise_reload(model, self.model_runner.model_config)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # parameters that were put together: the cache of keys and values wants the room
         parameters = _parameters(model)
-        missing = [n for n, p in parameters.items() if p.is_floating_point() and bool(torch.isnan(p).any())]
+        missing = [n for n, p in parameters.items() if p.is_floating_point() and has_nan(p)]
         if missing:
             raise RuntimeError(f"weight sync: not (fully) written, or NaN: {', '.join(missing[:8])}")
-        return {
-            "parameters": len(self._tandem_seen),
-            "checksum": sum(checksum(p) for p in parameters.values()) % (1 << 64),
-        }
+        held = sum(checksum(p) for p in parameters.values()) % (1 << 64)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the cache of keys and values wakes next, and wants the room
+        return {"parameters": len(self._tandem_seen), "checksum": held}
 
     @contextmanager
     def _tandem_loading(self) -> Iterator[None]:
