@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from workers.sync.buckets import Bucket, BucketReader, BucketWriter, Shard
-from workers.sync.checksum import checksum
+from workers.sync.checksum import checksum, has_nan
 from workers.sync.memory import DeviceBuffer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,6 +111,28 @@ def test_files_grow_and_are_used_again() -> None:
         for number in range(publisher.num_buckets(shards)):
             for name, tensor in reader.read([publisher.write(shards, number).as_message()]):
                 assert torch.equal(tensor, whole[name])
+
+
+def test_a_file_that_grew_is_mapped_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.sync.memory._GROWTH", 64)
+    publisher, reader = BucketWriter("float32", 16), BucketReader()
+    small, large = shard({"a": torch.arange(4.0)}, 0, 1), shard({"a": torch.arange(4000.0)}, 0, 1)
+    for shards in (small, large, small):
+        bucket = publisher.write(shards, 0)
+        ((_, tensor),) = reader.read([bucket.as_message()])
+        assert torch.equal(tensor, shards[0][1])
+        assert os.stat(str(bucket.address)).st_size % 64 == 0
+
+
+@pytest.mark.parametrize("elements", [1, 4, 7, 1 << 20])
+def test_sums_and_checks_in_passes(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for passes of any size, and no more than one of them is widened at a time."""
+    monkeypatch.setattr("workers.sync.checksum.PASS_ELEMENTS", elements)
+    tensor = torch.randn(5, 6, generator=torch.Generator().manual_seed(4)).bfloat16()
+    assert checksum(tensor) == int(tensor.view(torch.int16).long().sum()) % (1 << 64)
+    assert checksum(tensor[:0]) == 0 and not has_nan(tensor) and not has_nan(tensor[:0])
+    tensor[4, 5] = torch.nan
+    assert has_nan(tensor) and has_nan(tensor.t())
 
 
 def messages(whole: dict[str, Tensor], num_ranks: int, *, dim: int = 0) -> list[MESSAGE]:
