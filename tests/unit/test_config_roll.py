@@ -20,6 +20,7 @@ from trainer.config.schema import Config
 DATA = Path(__file__).resolve().parents[1] / "data" / "roll"
 EXAMPLES = ("qwen2.5_7b_megatron", "qwen3_8b_fsdp2", "qwen2.5_7b_separate", "qwen2.5_0.5b_test")
 REWARD = "reward.custom_reward_function.path=my_reward.py"
+GIVEN = {"reward.custom_reward_function.path": "my_reward.py"}
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 
 
@@ -28,12 +29,12 @@ def load(name: str, *overrides: str) -> Config:
 
 
 def translated(name: str = "qwen2.5_7b_megatron", **changes: Any) -> Translation:
-    return translate_file(DATA / f"{name}.yaml", changes, given={"reward.custom_reward_function.path"})
+    return translate_file(DATA / f"{name}.yaml", changes, given=GIVEN)
 
 
-def refused(changes: dict[str, Any], *, name: str = "qwen2.5_7b_megatron", given: tuple[str, ...] = ()) -> str:
+def refused(changes: dict[str, Any], *, name: str = "qwen2.5_7b_megatron") -> str:
     with pytest.raises(ValueError) as error:
-        translate_file(DATA / f"{name}.yaml", changes, given={"reward.custom_reward_function.path", *given})
+        translate_file(DATA / f"{name}.yaml", changes, given=GIVEN)
     return str(error.value)
 
 

@@ -28,7 +28,7 @@ DATA = Path(__file__).resolve().parents[1] / "data" / "roll"
 KEYS: dict[str, Any] = json.loads((DATA / "keys.json").read_text(encoding="utf-8"))
 """The fields of ROLL's configuration classes at commit 8eb27cc."""
 
-GIVEN = {"reward.custom_reward_function.path"}
+GIVEN = {"reward.custom_reward_function.path": "my_reward.py"}
 FREE = {"checkpoint_config", "tracker_kwargs", "system_envs"}
 SECTIONS = {
     "": ("rollout_mock", "dataset_filter"),

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config.errors import UserError
+from trainer.config.roll.given import given_keys
 from trainer.config.roll.translate import translate_file
 
 CONFIG_NAME = "roll"
@@ -52,7 +53,7 @@ def expand_roll(overrides: Sequence[str], config_name: str | None = None) -> Rol
     path = changes.pop("config", None)
     if not isinstance(path, str):
         raise UserError("roll.config=???: has no default; give ROLL's YAML file, e.g. roll.config=rlvr_config.yaml")
-    given = {override.partition("=")[0].lstrip("+") for override in ours}
+    given = given_keys(ours)
     done = translate_file(Path(path).expanduser(), changes, given=given)
     sources = {key: source for key, source in done.sources.items() if key not in given}
     return RollOverrides([*to_overrides(done.values), *ours], done.notices, sources)

@@ -91,7 +91,8 @@ def _cluster(into: Translation, devices: dict[str, tuple[int, ...]]) -> None:
 
 def _training_role(into: Translation, role: str) -> None:
     section, path = SECTIONS[role], f"{role}.strategy_args.strategy_name"
-    strategy = into.choose(path, _STRATEGIES, "no such strategy trains or infers log-probs here")
+    reason = "no such strategy trains or infers log-probs here"
+    strategy = into.choose(path, _STRATEGIES, reason, f"{section}.strategy")
     if strategy is None:
         return
     into.put(f"{section}.strategy", strategy, path)
@@ -104,10 +105,11 @@ def _training_role(into: Translation, role: str) -> None:
     elif name.startswith("fsdp2"):
         _fsdp2(into, role, engine, config, source)
     dtype = f"{source}.param_dtype" if "param_dtype" in config.given else f"{role}.model_args.dtype"
-    value = into.choose(dtype, _TRAINING_DTYPES, "trainers compute in bfloat16 or float32")
+    value = into.choose(dtype, _TRAINING_DTYPES, "trainers compute in bfloat16 or float32", f"{engine}.dtype")
     into.put(f"{engine}.dtype", value, dtype)
     if name.startswith("deepspeed"):
-        into.notices.append(f"roll.{path}={name}: trained with FSDP; ROLL has no DeepSpeed since 0.3 either")
+        text = f"roll.{path}={name}: trained with FSDP; ROLL has no DeepSpeed since 0.3 either"
+        into.tell(text, f"{section}.strategy")
 
 
 def _fsdp_name(role: str) -> str:
@@ -156,7 +158,8 @@ def _rollout(into: Translation, devices: dict[str, tuple[int, ...]]) -> None:
             into.put(f"{_ROLLOUT}.engine_kwargs.vllm.{key}", value, f"{source}.{key}")
     dtypes = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
     path = "actor_infer.model_args.dtype"
-    into.put(f"{_ROLLOUT}.dtype", into.choose(path, dtypes, "vLLM computes in none such"), path)
+    ours = f"{_ROLLOUT}.dtype"
+    into.put(ours, into.choose(path, dtypes, "vLLM computes in none such", ours), path)
     if "load_format" in config.given:
         format_ = "dummy" if config.given["load_format"] == "dummy" else "auto"
         into.put(f"{_ROLLOUT}.load_format", format_, f"{source}.load_format")
@@ -170,19 +173,22 @@ def _sleep(into: Translation, devices: dict[str, tuple[int, ...]], config: Optio
     if rollout:
         into.put(f"{_ROLLOUT}.free_cache_engine", shared, *(f"{role}.device_mapping" for role in devices))
     level, path = config.either("sleep_level"), f"{source}.sleep_level"
+    ours = (f"{_ROLLOUT}.sleep_level", f"{_ROLLOUT}.free_cache_engine")
     if level is None:
         return
     if not shared:
-        into.notices.append(f"roll.{path}={level}: no effect: the rollout shares no device, so it never sleeps")
+        into.tell(f"roll.{path}={level}: no effect: the rollout shares no device, so it never sleeps", *ours)
         return
     into.put(f"{_ROLLOUT}.sleep_level", level, path)
     if level == 1:
-        into.notices.append(
+        into.tell(
             f"roll.{path}=1: level 1 copies the weights to host memory, level 2 drops them; the next publication "
-            "writes all of them again in both cases, so 2 (or leaving it out: auto) saves the copy"
+            "writes all of them again in both cases, so 2 (or leaving it out: auto) saves the copy",
+            *ours,
         )
     if level == 2:
-        into.notices.append(
+        into.tell(
             f"roll.{path}=2: weights and KV cache are dropped while the policy is trained; the next publication writes "
-            "every weight again"
+            "every weight again",
+            *ours,
         )

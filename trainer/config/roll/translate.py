@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from trainer.config.errors import raise_problems
-from trainer.config.roll.algorithm import translate_algorithm
+from trainer.config.roll.algorithm import estimator_kind, translate_algorithm
 from trainer.config.roll.batches import translate_batches
 from trainer.config.roll.check import check_keys
 from trainer.config.roll.data import (
@@ -18,25 +18,30 @@ from trainer.config.roll.data import (
     translate_sampling,
 )
 from trainer.config.roll.engines import translate_roles
+from trainer.config.roll.given import take_over
 from trainer.config.roll.read import RollFile, read_roll
 from trainer.config.roll.rewards import translate_rewards
 from trainer.config.roll.tree import RollTree, Translation
 
 
-def translate_file(path: Path, changes: Mapping[str, Any] | None = None, *, given: Collection[str] = ()) -> Translation:
+def translate_file(
+    path: Path, changes: Mapping[str, Any] | None = None, *, given: Mapping[str, Any] | None = None
+) -> Translation:
     """Translate a file of ROLL's; every key of ours in the result knows where it came from.
 
-    changes: dotted key of ROLL's -> value in place of the file's. given: keys of ours that the command line sets.
+    changes: dotted key of ROLL's -> value in place of the file's. given: keys of ours that the command line sets, and
+    their values.
     Raises UserError that lists everything that is wrong: mistyped keys with the nearest name, refused values.
     """
     return translate_roll(read_roll(path, changes), given=given)
 
 
-def translate_roll(file: RollFile, *, given: Collection[str] = ()) -> Translation:
+def translate_roll(file: RollFile, *, given: Mapping[str, Any] | None = None) -> Translation:
     """As `translate_file`, of a file that has been read."""
-    into = Translation(RollTree(file.nested), frozenset(given))
+    given = given or {}
+    into = Translation(RollTree(take_over(file.nested, given)), given)
     check_keys(file, into)
-    roles = _roles(into.roll)
+    roles = _roles(into)
     _say_absent(into, roles)
     translate_model(into, roles)
     translate_data(into)
@@ -50,12 +55,12 @@ def translate_roll(file: RollFile, *, given: Collection[str] = ()) -> Translatio
     return into
 
 
-def _roles(roll: RollTree) -> list[str]:
+def _roles(into: Translation) -> list[str]:
     """The training roles that the run has: the reference only where a KL needs it, the critic only for GAE."""
-    roles = ["actor_train"]
+    roles, roll = ["actor_train"], into.roll
     if roll.value("use_kl_loss") or roll.value("add_token_level_kl"):
         roles.append("reference")
-    if roll.value("adv_estimator") == "gae":
+    if estimator_kind(into) == "gae":
         roles.append("critic")
     return roles
 
