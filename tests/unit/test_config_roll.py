@@ -20,6 +20,7 @@ from trainer.config.schema import Config
 DATA = Path(__file__).resolve().parents[1] / "data" / "roll"
 EXAMPLES = ("qwen2.5_7b_megatron", "qwen3_8b_fsdp2", "qwen2.5_7b_separate", "qwen2.5_0.5b_test")
 REWARD = "reward.custom_reward_function.path=my_reward.py"
+CRITIC = {"adv_estimator": "gae", "critic.device_mapping": "list(range(0,16))"}
 GIVEN = {"reward.custom_reward_function.path": "my_reward.py"}
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 
@@ -231,9 +232,9 @@ def test_data_parallel_size_leaves_out_model_parallel_ranks() -> None:
         ({"adv_estimator": "reinforce"}, "reinforce_plus_plus"),
         ({"adv_estimator": "grpo", "whiten_advantages": False}, "grpo"),
         ({"adv_estimator": "reinforce", "whiten_advantages": False, "norm_mean_type": "group"}, "dr_grpo"),
-        ({"adv_estimator": "gae"}, "gae"),
+        (CRITIC, "gae"),
         ({"adv_estimator": "grpo"}, "trainer.algorithms.estimators.roll:reinforce"),
-        ({"adv_estimator": "gae", "reward_clip": 5}, "trainer.algorithms.estimators.roll:gae"),
+        ({**CRITIC, "reward_clip": 5}, "trainer.algorithms.estimators.roll:gae"),
         ({"max_len_mask": True}, "trainer.algorithms.estimators.roll:reinforce"),
     ],
 )
@@ -302,7 +303,7 @@ def test_defaults_of_the_file(tmp_path: Path) -> None:
     ],
 )
 def test_broken_files(tmp_path: Path, text: str, expected: str) -> None:
-    with pytest.raises(ValueError, match=r"roll\.config=") as error:
+    with pytest.raises(ValueError, match=r"roll\.\w+=") as error:
         translate_file(written(tmp_path, text))
     assert expected in str(error.value)
 

@@ -142,7 +142,7 @@ def test_the_page_shows_these_rules() -> None:
     assert with_tables(page) == page, "run python -m trainer.config.roll.document"
 
 
-CRITIC = {"adv_estimator": "gae"}
+CRITIC = {"adv_estimator": "gae", "critic.device_mapping": "list(range(0,16))"}
 KL = {"use_kl_loss": True}
 REWARD_KL = {"add_token_level_kl": True}
 OTHER: dict[str, tuple[Any, dict[str, Any]]] = {

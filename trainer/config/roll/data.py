@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from trainer.config.errors import show
 from trainer.config.roll.engines import SECTIONS
 from trainer.config.roll.tree import Translation
 
@@ -137,8 +138,8 @@ def translate_optimizers(into: Translation, roles: Sequence[str]) -> None:
 def _least_rate(into: Translation, role: str, optim: str) -> None:
     options = into.roll.strategy_config(role).either("lr_scheduler_kwargs", {})
     path = f"{role}.strategy_args.strategy_config.lr_scheduler_kwargs"
-    if set(options) - {"min_lr"}:
-        into.problems.append(f"roll.{path}={options}: only min_lr is there; leave the others out")
+    if set(options) - {"min_lr"} or not isinstance(options.get("min_lr", 0.0), int | float):
+        into.problems.append(f"roll.{path}={show(options)}: only min_lr, a number, is there; leave the others out")
     elif options:
         into.put(f"{optim}.min_lr_ratio", options["min_lr"] / into.values[f"{optim}.lr"], path)
 

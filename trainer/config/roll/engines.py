@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from trainer.config.devices import parse_device_mapping
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, show
 from trainer.config.roll.check import check_strategy
 from trainer.config.roll.table_strategies import SAME_NAMES, VLLM
 from trainer.config.roll.tree import Options, Translation
@@ -24,7 +24,10 @@ _STRATEGIES = {
     "deepspeed_train": "fsdp",
     "deepspeed_infer": "fsdp",
 }
+_RANGE = re.compile(r"list\s*\(\s*range\s*\([^()]*\)\s*\)|range\s*\([^()]*\)")
+_RANKS = "write list(range(0,8)), [0,1] or 0-7"
 _PARALLEL = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
+_FORMATS = {"dummy": "dummy", "auto": "auto", "safetensors": "auto", None: "auto"}
 _TRAINING_DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp32": "float32", "float32": "float32"}
 
 
@@ -59,11 +62,20 @@ def role_ranks(into: Translation, role: str) -> tuple[int, ...] | None:
 
 def read_mapping(value: object, key: str) -> tuple[int, ...]:
     """Ranks of `list(range(0,8))`, `list([0,1])`, `[0, 1]`, `0-7`, and of sums of these. Raises UserError."""
-    if isinstance(value, list):
+    if isinstance(value, list) and all(type(rank) is int for rank in value):
         return parse_device_mapping(value, key)
+    if str(value).strip().isdecimal():
+        wrong = f"one number; write list(range(0,{value})) for {value} devices, [{value}] for the one of this rank"
+        raise UserError(f"{key}={show(value)}: {wrong}")
+    if not isinstance(value, str):
+        raise UserError(f"{key}={show(value)}: no list of whole numbers; {_RANKS}")
     ranks: list[int] = []
-    for part in str(value).split("+"):
+    for part in value.split("+"):
         listed = re.fullmatch(r"list\s*\(\s*(\[.*\])\s*\)", part.strip(), flags=re.DOTALL)
+        if listed is None and "(" in part and _RANGE.fullmatch(part.strip()) is None:
+            raise UserError(
+                f"{key}={value}: {part.strip()} is neither a list nor a range, and nothing else is evaluated; {_RANKS}"
+            )
         ranks += parse_device_mapping(listed.group(1) if listed else part.strip(), key)
     return parse_device_mapping(ranks, key)
 
@@ -84,8 +96,12 @@ def _cluster(into: Translation, devices: dict[str, tuple[int, ...]]) -> None:
     if not devices:
         return
     count, per_node = max(max(ranks) for ranks in devices.values()) + 1, into.roll.value("num_gpus_per_node")
+    nodes, named = -(-count // per_node), into.roll.value("num_nodes")
+    if named not in (None, nodes):
+        text = f"the device mappings reach rank {count - 1}: {nodes} x {per_node} devices, whatever it says, as in ROLL"
+        into.tell(f"roll.num_nodes={show(named)}: {text}", "trainer.nnodes")
     paths = ("num_gpus_per_node", *(f"{role}.device_mapping" for role in devices))
-    into.put("trainer.nnodes", -(-count // per_node), *paths)
+    into.put("trainer.nnodes", nodes, *paths)
     into.put("trainer.n_gpus_per_node", min(count, per_node), *paths)
 
 
@@ -161,8 +177,8 @@ def _rollout(into: Translation, devices: dict[str, tuple[int, ...]]) -> None:
     ours = f"{_ROLLOUT}.dtype"
     into.put(ours, into.choose(path, dtypes, "vLLM computes in none such", ours), path)
     if "load_format" in config.given:
-        format_ = "dummy" if config.given["load_format"] == "dummy" else "auto"
-        into.put(f"{_ROLLOUT}.load_format", format_, f"{source}.load_format")
+        path, ours = f"{source}.load_format", f"{_ROLLOUT}.load_format"
+        into.put(ours, into.choose(path, _FORMATS, "weights are read from safetensors files", ours), path)
     _sleep(into, devices, config, source)
 
 

@@ -11,8 +11,11 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from trainer.config.devices import parse_device_mapping
+from trainer.config.errors import UserError
 from trainer.config.keys import known_keys
 from trainer.config.overrides import prepare_overrides
+from trainer.config.roll.kinds import fits
 
 _ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 SAME: Mapping[str, str] = {
@@ -55,10 +58,19 @@ def take_over(nested: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
         value = given.get(key)
         if value is None or (isinstance(value, str) and "$" in value):
             continue
-        _set(tree, path, value)
+        if fits(path, value) and not (path.endswith("device_mapping") and not _are_ranks(value)):
+            _set(tree, path, value)
         if path == "response_length":  # which sequence_length would win over
             tree.pop("sequence_length", None)
     return tree
+
+
+def _are_ranks(value: Any) -> bool:
+    """Whether it is a mapping; what is wrong with one of ours is told under our name."""
+    try:
+        return bool(parse_device_mapping(value, ""))
+    except (UserError, TypeError):
+        return False
 
 
 def _leaves(key: str, value: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from workers.reward.scorers import SCORERS
 FUNCTION = "reward.custom_reward_function.path"
 """The key that names the function; it must come from the command line, as ROLL's YAML has nothing like it."""
 
+_KINDS = ("no_filter", "mean_filter", "std_filter")
 _FILTER = "algorithm.filter_groups.enable"
 _WORKERS = {
     "MathRuleRewardWorker": "ROLL compares formulas with math_verify",
@@ -32,6 +33,8 @@ def translate_rewards(into: Translation) -> None:
     """
     domains: dict[str, Any] = into.roll.value("rewards") or {}
     without = [name for name, block in domains.items() if not _has_scorer(block or {})]
+    if not domains and into.roll.has("reward"):
+        into.refuse("reward", "the sections of RLVR's domains stand in rewards", "rename it")
     if into.given.get(FUNCTION):
         if domains:
             into.notices.append(
@@ -74,6 +77,9 @@ def _filters(into: Translation, domains: dict[str, Any]) -> None:
         if kind == "no_filter":
             continue
         path = f"rewards.{name}.query_filter_config.type"
+        if kind not in _KINDS:
+            into.refuse(path, "no such filter", f"choose one of {', '.join(_KINDS)}")
+            continue
         down, up = bounds.either("threshold_down", -1), bounds.either("threshold_up", math.inf)
         if kind == "mean_filter" and down < 0 and up > 1:
             continue  # nothing is left out

@@ -19,6 +19,7 @@ from trainer.config.roll.data import (
 )
 from trainer.config.roll.engines import translate_roles
 from trainer.config.roll.given import take_over
+from trainer.config.roll.places import placed
 from trainer.config.roll.read import RollFile, read_roll
 from trainer.config.roll.rewards import translate_rewards
 from trainer.config.roll.tree import RollTree, Translation
@@ -33,7 +34,11 @@ def translate_file(
     their values.
     Raises UserError that lists everything that is wrong: mistyped keys with the nearest name, refused values.
     """
-    return translate_roll(read_roll(path, changes), given=given)
+    file = read_roll(path, changes)
+    with placed(file.places):
+        done = translate_roll(file, given=given)
+    done.places = file.places
+    return done
 
 
 def translate_roll(file: RollFile, *, given: Mapping[str, Any] | None = None) -> Translation:
@@ -42,6 +47,7 @@ def translate_roll(file: RollFile, *, given: Mapping[str, Any] | None = None) ->
     into = Translation(RollTree(take_over(file.nested, given)), given)
     check_keys(file, into)
     roles = _roles(into)
+    _need_sections(into, roles)
     _say_absent(into, roles)
     translate_model(into, roles)
     translate_data(into)
@@ -63,6 +69,22 @@ def _roles(into: Translation) -> list[str]:
     if estimator_kind(into) == "gae":
         roles.append("critic")
     return roles
+
+
+def _need_sections(into: Translation, roles: list[str]) -> None:
+    """ROLL has no run without these sections, and defaults of theirs would be a guess."""
+    why = {
+        "actor_train": "nothing says what is trained; write the section",
+        "actor_infer": "nothing says what generates; write the section",
+        "reference": "a KL needs a reference; write the section, or set use_kl_loss and add_token_level_kl to false",
+        "critic": "adv_estimator=gae, ROLL's default, needs a critic; write the section, or set that to grpo",
+    }
+    for role in (*roles, "actor_infer"):
+        if not into.roll.has(role):
+            into.problems.append(f"roll.{role}=null: {why[role]}")
+        elif role.startswith("actor") and not into.roll.has(f"{role}.device_mapping"):
+            remedy = "write the ranks, e.g. list(range(0,8))"
+            into.problems.append(f"roll.{role}.device_mapping=null: names no device; {remedy}")
 
 
 def _say_absent(into: Translation, roles: list[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from trainer.config.errors import show
 from trainer.config.roll.defaults import DEFAULTS
+from trainer.config.roll.places import Places
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +55,8 @@ class RollTree:
 class Translation:
     """The outcome. values: our key -> value; sources: our key -> ROLL's keys that made it; then what is to be said.
 
-    given: our keys that the command line sets, with their values, which win: what only they decide is neither told nor
-    refused.
+    places: where keys of ROLL's stand in its file. given: our keys that the command line sets, with their values, which
+    win: what only they decide is neither told nor refused.
     """
 
     roll: RollTree
@@ -64,6 +65,7 @@ class Translation:
     sources: dict[str, str] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    places: Places = field(default_factory=dict)
 
     def put(self, key: str, value: Any, *paths: str) -> None:
         """Set our `key`, made from the keys of ROLL's at `paths`."""
