@@ -107,6 +107,9 @@ def test_the_plan_names_the_place_in_the_file(roll_run: Outcome, key: str, value
 def test_an_override_is_told_as_such(roll_run: Outcome) -> None:
     found = _values(roll_run)["actor_rollout_ref.rollout.sleep_level"]
     assert (found["value"], found["from"]) == ("auto", "command line")
+    notices = json.loads((roll_run.directory / "plan.json").read_text())["notices"]
+    assert any("actor_infer.infer_batch_size" in notice for notice in notices)
+    assert not any("sleep_level" in notice for notice in notices)
 
 
 def test_the_converter_writes_the_configuration_that_ran(

@@ -196,7 +196,13 @@ def test_rewards_need_a_function() -> None:
 def test_tags_with_a_built_in_scorer_need_no_function(tmp_path: Path) -> None:
     domain = "{worker_cls: x.MathRuleRewardWorker, tag_included: [openai/gsm8k]}"
     path = written(tmp_path, f"{_SMALL}rewards: {{math: {domain}}}\n")
-    assert translate_file(path).values["data.reward_fn_key"] == "tag"
+    done = translate_file(path)
+    assert done.values["data.reward_fn_key"] == "tag"
+    assert any("a row whose tag no domain has is scored too" in notice for notice in done.notices)
+
+
+def test_rows_of_no_domain_are_told() -> None:
+    assert any("and of tags that no domain has" in told for told in translated().notices)
 
 
 def test_sleep_level_and_infer_batch_size_are_explained() -> None:

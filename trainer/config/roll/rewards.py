@@ -38,12 +38,15 @@ def translate_rewards(into: Translation) -> None:
     if into.given.get(FUNCTION):
         if domains:
             into.notices.append(
-                f"roll.rewards: {FUNCTION} scores every domain ({', '.join(domains)}); a row's tag is its data_source"
+                f"roll.rewards: {FUNCTION} scores every row, of {', '.join(domains)} and of tags that no domain has; a "
+                "row's tag is its data_source"
             )
     elif without:
         into.problems.append(_no_scorer({name: domains[name] for name in without}))
     elif not domains:
         into.notices.append("roll.rewards: none; the built-in scorers are chosen by each row's tag")
+    else:
+        into.notices.append("roll.rewards: a row whose tag no domain has is scored too, 1 for exactly its ground truth")
     workers = [Options(block or {}).either("world_size", 0) for block in domains.values()]
     if any(workers):
         into.put("reward.num_workers", max(workers), *(f"rewards.{name}.world_size" for name in domains))
