@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from trainer import main as cli
+from trainer.config.errors import UserError
 from trainer.config.load import load_config
-from trainer.config.roll.command_line import expand_roll
+from trainer.config.roll.command_line import expand_roll, to_overrides
+from trainer.config.roll.defaults import DEFAULTS
+from trainer.config.roll.read import RollFile, read_roll
+from trainer.config.roll.translate import translate_roll
 
+EXAMPLE = Path(__file__).resolve().parents[1] / "data" / "roll" / "qwen2.5_7b_megatron.yaml"
+GIVEN = {"reward.custom_reward_function.path": "my_reward.py"}
 REWARD = "reward.custom_reward_function.path=my_reward.py"
 CONFIG = "strategy_args.strategy_config"
 FILE = """\
@@ -207,6 +217,28 @@ def test_a_wrong_override_of_ours_is_told_under_our_name(
 def test_an_override_in_verls_spelling_wins_over_the_file(file: Path) -> None:
     cfg = load_config([f"roll.config={file}", REWARD, "actor_rollout_ref.actor.grad_clip=0.25"], "roll")
     assert cfg.actor_rollout_ref.actor.optim.clip_grad == 0.25
+
+
+@pytest.mark.parametrize("value", ["x", "8", 0, -1, 1.5, True, [1], ["a"], [], {"a": 1}, {}, None])
+def test_no_value_of_any_key_ends_in_a_traceback(value: object) -> None:
+    example = read_roll(EXAMPLE).nested
+    every = {"adv_estimator": "gae", "use_kl_loss": True, "add_token_level_kl": True, "critic": example["actor_train"]}
+    for key in sorted({*_keys(example), *DEFAULTS} - {"rewards"}):
+        nested = deepcopy({**example, **every})
+        *sections, name = key.split(".")
+        node = nested
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = value
+        with suppress(UserError):
+            to_overrides(translate_roll(RollFile(nested, frozenset()), given=GIVEN).values)
+
+
+def _keys(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, below in tree.items():
+        yield f"{prefix}{name}"
+        if isinstance(below, dict):
+            yield from _keys(below, f"{prefix}{name}.")
 
 
 def test_a_mistake_found_under_our_name_leads_back_to_the_file(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

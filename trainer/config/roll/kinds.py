@@ -56,7 +56,7 @@ _OWN: Mapping[str, Kind] = {
     **dict.fromkeys(("reward_clip", "advantage_clip", "rpc_timeout", "value_clip", "target_kl"), NUMBER),
     **dict.fromkeys(("exp_name", "output_dir", "pretrain", "reward_pretrain", "tracker_kwargs.project"), TEXT),
     **dict.fromkeys(("actor_train.data_args.file_name", "validation.data_args.file_name"), TEXTS),
-    "checkpoint_config.output_dir": TEXT,
+    **dict.fromkeys(("checkpoint_config.output_dir", "global_template", "actor_train.data_args.template"), TEXT),
     "max_ckpt_to_keep": WHOLE,
     "resume_from_checkpoint": FLAG_OR_TEXT,
     "train_infer_correction.filters": LIST,
