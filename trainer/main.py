@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,13 +61,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(argv: list[str], notices: list[str]) -> int:
     with user_errors():
         composed = _compose(argv, notices)
-        if composed is None:
-            return 0
+    if composed is None:
+        return 0
+    with composed.roll.explained():
+        return _run(argv, composed, notices)
+
+
+def _run(argv: list[str], composed: Composed, notices: list[str]) -> int:
+    """Check what was composed, and run it."""
+    with user_errors():
         config, translated = type_tree(composed.tree, overrides=composed.overrides)
         notices += translated
         notices += validate(config)
         notices += _diagnose(config)
-        origins = origins_of(argv, composed.tree, roll=composed.roll)
+        origins = origins_of(argv, composed.tree, roll=composed.roll.sources)
     _let_ray_find_its_token(config)
     from trainer.run import run  # torch and Ray take seconds to import; a wrong configuration is told at once
 
@@ -105,12 +112,13 @@ def _let_ray_find_its_token(config: Config) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Composed:
-    """What a command line says. overrides: all of them, as Hydra saw them; roll: our key to the keys of ROLL's file
-    that made it."""
+    """What a command line says. overrides: all of them, as Hydra saw them; roll: those that ROLL's file made, and from
+    what.
+    """
 
     tree: DictConfig
     overrides: list[str]
-    roll: Mapping[str, str]
+    roll: RollOverrides
 
 
 def _compose(argv: list[str], notices: list[str]) -> Composed | None:
@@ -148,7 +156,7 @@ def _compose(argv: list[str], notices: list[str]) -> Composed | None:
     if arguments.help and composed:
         print(help_text(composed[0], words, width=get_terminal_size().columns))
         return None
-    return Composed(composed[0], overrides, roll.sources) if composed else None
+    return Composed(composed[0], overrides, roll) if composed else None
 
 
 def _asks_for_help(argument: str) -> bool:

@@ -28,7 +28,7 @@ DATA = Path(__file__).resolve().parents[1] / "data" / "roll"
 KEYS: dict[str, Any] = json.loads((DATA / "keys.json").read_text(encoding="utf-8"))
 """The fields of ROLL's configuration classes at commit 8eb27cc."""
 
-GIVEN = {"reward.custom_reward_function.path"}
+GIVEN = {"reward.custom_reward_function.path": "my_reward.py"}
 FREE = {"checkpoint_config", "tracker_kwargs", "system_envs"}
 SECTIONS = {
     "": ("rollout_mock", "dataset_filter"),
@@ -142,7 +142,7 @@ def test_the_page_shows_these_rules() -> None:
     assert with_tables(page) == page, "run python -m trainer.config.roll.document"
 
 
-CRITIC = {"adv_estimator": "gae"}
+CRITIC = {"adv_estimator": "gae", "critic.device_mapping": "list(range(0,16))"}
 KL = {"use_kl_loss": True}
 REWARD_KL = {"add_token_level_kl": True}
 OTHER: dict[str, tuple[Any, dict[str, Any]]] = {

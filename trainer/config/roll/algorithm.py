@@ -7,6 +7,8 @@ from typing import Any
 from trainer.config.roll.tree import Options, Translation
 
 _ACTOR = "actor_rollout_ref.actor"
+_ESTIMATOR = "algorithm.adv_estimator"
+_LOSS_MODE = f"{_ACTOR}.policy_loss.loss_mode"
 _UNBOUNDED = 1.0e9
 """A bound that never binds: ratios are held within exp(+-20)."""
 
@@ -34,12 +36,22 @@ def translate_algorithm(into: Translation) -> None:
     _advantages(into)
     _policy_loss(into)
     _kl(into)
-    if into.roll.value("adv_estimator") == "gae":
+    if estimator_kind(into) == "gae":
         _value_loss(into)
     _correction(into)
 
 
+def estimator_kind(into: Translation) -> Any:
+    """`gae` where a critic is trained: as the command line says it, or else the file."""
+    ours = str(into.given.get(_ESTIMATOR, ""))
+    return ours.rpartition(":")[2] if ours else into.roll.value("adv_estimator")
+
+
 def _advantages(into: Translation) -> None:
+    into.copy("algorithm.gamma", "gamma")
+    into.copy("algorithm.lam", "lambd")
+    if into.overridden(_ESTIMATOR):
+        return  # whose parameters are not those of ROLL's estimator
     kinds = {"gae": "gae", "reinforce": "reinforce", "grpo": "grpo"}
     kind = into.choose("adv_estimator", kinds, "no estimator of RLVR's (ROLL has it for agents)")
     mean = into.choose("norm_mean_type", _NORMS, "running statistics of rewards are not kept")
@@ -49,15 +61,13 @@ def _advantages(into: Translation) -> None:
     if kind == "grpo":  # ROLL sets both for it
         mean = std = "group"
     params = _shaping(into, mean, std)
-    into.copy("algorithm.gamma", "gamma")
-    into.copy("algorithm.lam", "lambd")
     name = _built_in(kind, params, gamma=into.roll.value("gamma"))
     if name is not None:
-        into.put("algorithm.adv_estimator", name, *_ADVANTAGE_KEYS)
+        into.put(_ESTIMATOR, name, *_ADVANTAGE_KEYS)
         if kind == "gae":
             into.put("algorithm.adv_params.whiten", into.roll.value("whiten_advantages"), "whiten_advantages")
         return
-    into.put("algorithm.adv_estimator", f"{_MODULE}:{'gae' if kind == 'gae' else 'reinforce'}", *_ADVANTAGE_KEYS)
+    into.put(_ESTIMATOR, f"{_MODULE}:{'gae' if kind == 'gae' else 'reinforce'}", *_ADVANTAGE_KEYS)
     into.put("algorithm.adv_params.gamma", into.roll.value("gamma"), "gamma")
     if kind == "gae":
         into.put("algorithm.adv_params.lam", into.roll.value("lambd"), "lambd")
@@ -114,8 +124,10 @@ def _policy_loss(into: Translation) -> None:
         into.put(f"{_ACTOR}.clip_ratio_{side}", roll.value(path), path)
     dual = 1.0 + 2.0 * clip if roll.value("dual_clip_loss") else _UNBOUNDED
     into.put(f"{_ACTOR}.clip_ratio_c", dual, "dual_clip_loss", "pg_clip")
-    into.put(f"{_ACTOR}.policy_loss.loss_mode", _loss_mode(into), "importance_sampling", "actor_train.pg_variant")
-    mode = into.choose("loss_agg_mode", {name: name for name in _AGG_MODES}, "no such aggregation in ROLL")
+    into.put(_LOSS_MODE, _loss_mode(into), "importance_sampling", "actor_train.pg_variant")
+    mode = into.choose(
+        "loss_agg_mode", {name: name for name in _AGG_MODES}, "no such aggregation in ROLL", f"{_ACTOR}.loss_agg_mode"
+    )
     into.put(f"{_ACTOR}.loss_agg_mode", mode, "loss_agg_mode")
     if mode == "seq-mean-token-sum-norm" and "data.max_response_length" in into.values:
         lengths = into.values["data.max_prompt_length"] + into.values["data.max_response_length"]
@@ -134,14 +146,15 @@ def _loss_mode(into: Translation) -> Any:
             for side in ("low", "high"):
                 into.put(f"{_ACTOR}.clip_ratio_{side}", 0.1, path)
         if into.roll.value(path) == "topr":
-            into.notices.append(f"roll.{path}=topr: good is what has a positive advantage; ROLL goes by the reward")
-        return into.choose(path, variants, "no such loss, or with bounds that no key of ROLL's configuration holds")
+            into.tell(f"roll.{path}=topr: good is what has a positive advantage; ROLL goes by the reward", _LOSS_MODE)
+        reason = "no such loss, or with bounds that no key of ROLL's configuration holds"
+        return into.choose(path, variants, reason, _LOSS_MODE)
     if worker != "ActorWorker":
-        into.refuse("actor_train.worker_cls", "a worker of one's own is not there", "leave it out")
+        into.refuse("actor_train.worker_cls", "a worker of one's own is not there", "leave it out", _LOSS_MODE)
     if into.roll.has(path):
         into.notices.append(f"roll.{path}={into.roll.value(path)}: no effect: only ROLL's ActorPGWorker reads it")
     modes = {"token": "ppo", "seq": "gspo"}
-    return into.choose("importance_sampling", modes, "no such ratio")
+    return into.choose("importance_sampling", modes, "no such ratio", _LOSS_MODE)
 
 
 def _kl(into: Translation) -> None:
@@ -152,7 +165,8 @@ def _kl(into: Translation) -> None:
     into.copy("algorithm.use_kl_in_reward", "add_token_level_kl")
     if not roll.value("add_token_level_kl"):
         return
-    into.put("algorithm.kl_penalty", into.choose("kl_penalty", _KL_KINDS, "takes whole distributions"), "kl_penalty")
+    ours = "algorithm.kl_penalty"
+    into.put(ours, into.choose("kl_penalty", _KL_KINDS, "takes whole distributions", ours), "kl_penalty")
     into.copy("algorithm.kl_ctrl.kl_coef", "init_kl_coef")
     into.put("algorithm.kl_ctrl.type", "adaptive" if roll.has("target_kl") else "fixed", "target_kl")
     if roll.has("target_kl"):

@@ -56,9 +56,10 @@ def _mini_batch(into: Translation, role: str, num_devices: int) -> None:
     if sequences >= batch * n:
         into.put(key, batch, *paths, "rollout_batch_size")
         if sequences > batch * n:
-            into.notices.append(
+            into.tell(
                 f"roll.{steps}={roll.value(steps)}: an update of {each} x {roll.value(steps)} x {ranks} = {sequences} "
-                f"sequences is more than the {batch * n} of a step; each step is one update"
+                f"sequences is more than the {batch * n} of a step; each step is one update",
+                key,
             )
     elif sequences % n:
         whole = each * ranks
@@ -68,6 +69,7 @@ def _mini_batch(into: Translation, role: str, num_devices: int) -> None:
             f"an update of {each} x {roll.value(steps)} x {ranks} data-parallel ranks = {sequences} sequences cuts a "
             f"group of {_N}={n}, and an update holds whole groups",
             f"set it to {near}",
+            key,
         )
     else:
         into.put(key, sequences // n, *paths, f"{role}.device_mapping")
@@ -106,9 +108,11 @@ def _reference_budget(into: Translation, length: int) -> None:
         packed = "reference.sequence_packing_args.max_packed_sequence_length_forward"
         if roll.has(packed):
             budget, paths = roll.value(packed), [packed]
-    into.put("actor_rollout_ref.ref.log_prob_max_token_len_per_gpu", max(budget, length), *paths)
+    key = "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu"
+    into.put(key, max(budget, length), *paths)
     if roll.has(path):
-        into.notices.append(
+        into.tell(
             f"roll.{path}={roll.value(path)}: sequences of one forward pass of the reference, as a budget of "
-            f"{max(budget, length)} tokens; no part in the update"
+            f"{max(budget, length)} tokens; no part in the update",
+            key,
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from trainer.config.errors import raise_problems, show
-from trainer.config.roll.defaults import DEFAULTS
+from trainer.config.roll.kinds import wrong_values
 from trainer.config.roll.read import RollFile
 from trainer.config.roll.rules import Rule, Rules, is_quiet, nearest
 from trainer.config.roll.table import NOT_IN_ROLL, TOP
@@ -15,14 +15,7 @@ from trainer.config.roll.table_strategies import FSDP2, MEGATRON, VLLM
 from trainer.config.roll.tree import Translation
 
 _SHOWN = 4
-_ANY_KIND = ("resume_from_checkpoint",)
 _SECTION = ": a section, not a value; write keys below it"
-_KINDS: tuple[tuple[type, tuple[type, ...], str], ...] = (
-    (bool, (bool,), "true or false"),
-    (int, (int,), "a whole number"),
-    (float, (int, float), "a number"),
-    (dict, (dict,), "a section"),
-)
 
 
 def rule_of(path: str) -> Rule | None:
@@ -40,7 +33,7 @@ def check_keys(file: RollFile, into: Translation) -> None:
     found = list(_keys(file, into.problems))
     _apply(found, into)
     broken = [text for text in into.problems if text.endswith(_SECTION)]
-    broken += [problem for path, value, _ in found if (problem := _wrong_type(path, value))]
+    broken += [problem for path, value, _ in found for problem in wrong_values(path, value)]
     if broken:  # the translation could not go on
         raise_problems(list(dict.fromkeys([*into.problems, *broken])))
 
@@ -74,6 +67,9 @@ def _role_keys(role: str, value: Any, problems: list[str]) -> Iterator[tuple[str
         return
     blocks = {role: value} if role != "rewards" else {f"rewards.{domain}": block for domain, block in value.items()}
     for prefix, block in blocks.items():
+        if block is not None and not isinstance(block, dict):
+            problems.append(f"roll.{prefix}={show(block)}{_SECTION}")
+            continue
         for name, below in (block or {}).items():
             yield from _walk(str(name), below, ROLES[role], f"{prefix}.", problems)
 
@@ -90,16 +86,6 @@ def _walk(path: str, value: Any, rules: Rules, prefix: str, problems: list[str])
             problems.append(f"roll.{prefix}{path}={show(value)}{_SECTION}")
     else:
         problems.append(_unknown(prefix, path, value, rules))
-
-
-def _wrong_type(path: str, value: Any) -> str | None:
-    """What is wrong with a value of another kind than ROLL's default; the translation computes with these."""
-    default = DEFAULTS.get(path)
-    for kind, accepted, words in _KINDS:
-        if type(default) is kind and value is not None:
-            fits = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
-            return None if fits or path in _ANY_KIND else f"roll.{path}={show(value)}: must be {words}; correct it"
-    return None
 
 
 def _find(path: str, rules: Rules) -> Rule | None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from trainer.config.errors import show
 from trainer.config.roll.engines import SECTIONS
 from trainer.config.roll.tree import Translation
 
 _ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+_MODEL = "actor_rollout_ref.model.path"
 _SCHEDULES = {
     "constant": "constant",
     "constant_with_warmup": "constant",
@@ -27,6 +29,17 @@ _TRACKERS = {
 
 def translate_model(into: Translation, roles: Sequence[str]) -> None:
     """Translate the checkpoints; ROLL takes `pretrain` unless all of its three roles name their own."""
+    if not into.overridden(_MODEL):
+        _checkpoint(into)
+    _options(into)
+    if "critic" in roles:
+        path = "critic.model_args.model_name_or_path"
+        path = path if into.roll.has(path) else "reward_pretrain"
+        if into.roll.has(path):
+            into.copy("critic.model.path", path)
+
+
+def _checkpoint(into: Translation) -> None:
     own = {role: into.roll.value(f"{role}.model_args.model_name_or_path") for role in ("actor_train", "actor_infer")}
     own["reference"] = into.roll.value("reference.model_args.model_name_or_path")
     path, names = "pretrain", {into.roll.value("pretrain")}
@@ -37,13 +50,7 @@ def translate_model(into: Translation, roles: Sequence[str]) -> None:
     if None in names:
         into.problems.append("roll.pretrain=null: names no model; give a directory or hub name")
         return
-    into.put("actor_rollout_ref.model.path", into.roll.value(path), path)
-    _options(into)
-    if "critic" in roles:
-        path = "critic.model_args.model_name_or_path"
-        path = path if into.roll.has(path) else "reward_pretrain"
-        if into.roll.has(path):
-            into.copy("critic.model.path", path)
+    into.put(_MODEL, into.roll.value(path), path)
 
 
 def _options(into: Translation) -> None:
@@ -58,9 +65,9 @@ def translate_data(into: Translation) -> None:
     """Translate files, columns and the chat template."""
     roll, data = into.roll, "actor_train.data_args"
     files = roll.value(f"{data}.file_name")
-    if not files:
+    if not files and not into.overridden("data.train_files"):
         into.problems.append(f"roll.{data}.file_name=null: names no data; give parquet or JSON lines files")
-    else:
+    elif files:
         into.put("data.train_files", files if isinstance(files, list) else [files], f"{data}.file_name")
     column = f"{data}.messages" if roll.has(f"{data}.messages") else f"{data}.prompt"
     if roll.has(column):
@@ -71,6 +78,7 @@ def translate_data(into: Translation) -> None:
     if roll.has("validation.data_args.file_name"):
         files = roll.value("validation.data_args.file_name")
         into.put("data.val_files", files if isinstance(files, list) else [files], "validation.data_args.file_name")
+    if roll.has("validation.data_args.file_name") or into.given.get("data.val_files"):
         into.copy("trainer.test_freq", "eval_steps")
     _template(into, "global_template" if roll.has("global_template") else f"{data}.template")
 
@@ -82,6 +90,7 @@ def _template(into: Translation, path: str) -> None:
             path,
             "a template of ROLL's own",
             f"give it as data.chat_template, and write {', '.join(_TEMPLATES)} here: the tokenizer's",
+            "data.chat_template",
         )
     elif _TEMPLATES[name]:
         into.put("data.apply_chat_template_kwargs", _TEMPLATES[name], path)
@@ -112,8 +121,8 @@ def translate_optimizers(into: Translation, roles: Sequence[str]) -> None:
         betas = [f"{training}.adam_beta1", f"{training}.adam_beta2"]
         into.put(f"{optim}.betas", [into.roll.value(path) for path in betas], *betas)
         path = f"{training}.lr_scheduler_type"
-        schedule = into.choose(path, _SCHEDULES, "no such schedule")
-        into.put(f"{optim}.lr_scheduler_type", schedule, path)
+        ours = f"{optim}.lr_scheduler_type"
+        into.put(ours, into.choose(path, _SCHEDULES, "no such schedule", ours), path)
         into.put(
             f"{optim}.lr_warmup_steps", into.roll.value(f"{training}.warmup_steps") or -1, f"{training}.warmup_steps"
         )
@@ -129,8 +138,8 @@ def translate_optimizers(into: Translation, roles: Sequence[str]) -> None:
 def _least_rate(into: Translation, role: str, optim: str) -> None:
     options = into.roll.strategy_config(role).either("lr_scheduler_kwargs", {})
     path = f"{role}.strategy_args.strategy_config.lr_scheduler_kwargs"
-    if set(options) - {"min_lr"}:
-        into.problems.append(f"roll.{path}={options}: only min_lr is there; leave the others out")
+    if set(options) - {"min_lr"} or not isinstance(options.get("min_lr", 0.0), int | float):
+        into.problems.append(f"roll.{path}={show(options)}: only min_lr, a number, is there; leave the others out")
     elif options:
         into.put(f"{optim}.min_lr_ratio", options["min_lr"] / into.values[f"{optim}.lr"], path)
 
@@ -155,7 +164,8 @@ def translate_run(into: Translation) -> None:
         for key in (f"{_ROLLOUT}.timeout_s", "trainer.step_timeout_s"):
             into.put(key, float(roll.value("rpc_timeout")), "rpc_timeout")
     if roll.has("track_with"):
-        into.put("trainer.logger", into.choose("track_with", _TRACKERS, "no such tracker"), "track_with")
+        tracker = into.choose("track_with", _TRACKERS, "no such tracker", "trainer.logger")
+        into.put("trainer.logger", tracker, "track_with")
     _folders(into)
     saved = [path for path in _SAVES_HF if roll.value(path)]
     if saved:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from trainer.config.devices import parse_device_mapping
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, show
 from trainer.config.roll.check import check_strategy
 from trainer.config.roll.table_strategies import SAME_NAMES, VLLM
 from trainer.config.roll.tree import Options, Translation
@@ -24,7 +24,10 @@ _STRATEGIES = {
     "deepspeed_train": "fsdp",
     "deepspeed_infer": "fsdp",
 }
+_RANGE = re.compile(r"list\s*\(\s*range\s*\([^()]*\)\s*\)|range\s*\([^()]*\)")
+_RANKS = "write list(range(0,8)), [0,1] or 0-7"
 _PARALLEL = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
+_FORMATS = {"dummy": "dummy", "auto": "auto", "safetensors": "auto", None: "auto"}
 _TRAINING_DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp32": "float32", "float32": "float32"}
 
 
@@ -59,11 +62,20 @@ def role_ranks(into: Translation, role: str) -> tuple[int, ...] | None:
 
 def read_mapping(value: object, key: str) -> tuple[int, ...]:
     """Ranks of `list(range(0,8))`, `list([0,1])`, `[0, 1]`, `0-7`, and of sums of these. Raises UserError."""
-    if isinstance(value, list):
+    if isinstance(value, list) and all(type(rank) is int for rank in value):
         return parse_device_mapping(value, key)
+    if str(value).strip().isdecimal():
+        wrong = f"one number; write list(range(0,{value})) for {value} devices, [{value}] for the one of this rank"
+        raise UserError(f"{key}={show(value)}: {wrong}")
+    if not isinstance(value, str):
+        raise UserError(f"{key}={show(value)}: no list of whole numbers; {_RANKS}")
     ranks: list[int] = []
-    for part in str(value).split("+"):
+    for part in value.split("+"):
         listed = re.fullmatch(r"list\s*\(\s*(\[.*\])\s*\)", part.strip(), flags=re.DOTALL)
+        if listed is None and "(" in part and _RANGE.fullmatch(part.strip()) is None:
+            raise UserError(
+                f"{key}={value}: {part.strip()} is neither a list nor a range, and nothing else is evaluated; {_RANKS}"
+            )
         ranks += parse_device_mapping(listed.group(1) if listed else part.strip(), key)
     return parse_device_mapping(ranks, key)
 
@@ -84,14 +96,19 @@ def _cluster(into: Translation, devices: dict[str, tuple[int, ...]]) -> None:
     if not devices:
         return
     count, per_node = max(max(ranks) for ranks in devices.values()) + 1, into.roll.value("num_gpus_per_node")
+    nodes, named = -(-count // per_node), into.roll.value("num_nodes")
+    if named not in (None, nodes):
+        text = f"the device mappings reach rank {count - 1}: {nodes} x {per_node} devices, whatever it says, as in ROLL"
+        into.tell(f"roll.num_nodes={show(named)}: {text}", "trainer.nnodes")
     paths = ("num_gpus_per_node", *(f"{role}.device_mapping" for role in devices))
-    into.put("trainer.nnodes", -(-count // per_node), *paths)
+    into.put("trainer.nnodes", nodes, *paths)
     into.put("trainer.n_gpus_per_node", min(count, per_node), *paths)
 
 
 def _training_role(into: Translation, role: str) -> None:
     section, path = SECTIONS[role], f"{role}.strategy_args.strategy_name"
-    strategy = into.choose(path, _STRATEGIES, "no such strategy trains or infers log-probs here")
+    reason = "no such strategy trains or infers log-probs here"
+    strategy = into.choose(path, _STRATEGIES, reason, f"{section}.strategy")
     if strategy is None:
         return
     into.put(f"{section}.strategy", strategy, path)
@@ -104,10 +121,11 @@ def _training_role(into: Translation, role: str) -> None:
     elif name.startswith("fsdp2"):
         _fsdp2(into, role, engine, config, source)
     dtype = f"{source}.param_dtype" if "param_dtype" in config.given else f"{role}.model_args.dtype"
-    value = into.choose(dtype, _TRAINING_DTYPES, "trainers compute in bfloat16 or float32")
+    value = into.choose(dtype, _TRAINING_DTYPES, "trainers compute in bfloat16 or float32", f"{engine}.dtype")
     into.put(f"{engine}.dtype", value, dtype)
     if name.startswith("deepspeed"):
-        into.notices.append(f"roll.{path}={name}: trained with FSDP; ROLL has no DeepSpeed since 0.3 either")
+        text = f"roll.{path}={name}: trained with FSDP; ROLL has no DeepSpeed since 0.3 either"
+        into.tell(text, f"{section}.strategy")
 
 
 def _fsdp_name(role: str) -> str:
@@ -156,10 +174,11 @@ def _rollout(into: Translation, devices: dict[str, tuple[int, ...]]) -> None:
             into.put(f"{_ROLLOUT}.engine_kwargs.vllm.{key}", value, f"{source}.{key}")
     dtypes = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
     path = "actor_infer.model_args.dtype"
-    into.put(f"{_ROLLOUT}.dtype", into.choose(path, dtypes, "vLLM computes in none such"), path)
+    ours = f"{_ROLLOUT}.dtype"
+    into.put(ours, into.choose(path, dtypes, "vLLM computes in none such", ours), path)
     if "load_format" in config.given:
-        format_ = "dummy" if config.given["load_format"] == "dummy" else "auto"
-        into.put(f"{_ROLLOUT}.load_format", format_, f"{source}.load_format")
+        path, ours = f"{source}.load_format", f"{_ROLLOUT}.load_format"
+        into.put(ours, into.choose(path, _FORMATS, "weights are read from safetensors files", ours), path)
     _sleep(into, devices, config, source)
 
 
@@ -170,19 +189,22 @@ def _sleep(into: Translation, devices: dict[str, tuple[int, ...]], config: Optio
     if rollout:
         into.put(f"{_ROLLOUT}.free_cache_engine", shared, *(f"{role}.device_mapping" for role in devices))
     level, path = config.either("sleep_level"), f"{source}.sleep_level"
+    ours = (f"{_ROLLOUT}.sleep_level", f"{_ROLLOUT}.free_cache_engine")
     if level is None:
         return
     if not shared:
-        into.notices.append(f"roll.{path}={level}: no effect: the rollout shares no device, so it never sleeps")
+        into.tell(f"roll.{path}={level}: no effect: the rollout shares no device, so it never sleeps", *ours)
         return
     into.put(f"{_ROLLOUT}.sleep_level", level, path)
     if level == 1:
-        into.notices.append(
+        into.tell(
             f"roll.{path}=1: level 1 copies the weights to host memory, level 2 drops them; the next publication "
-            "writes all of them again in both cases, so 2 (or leaving it out: auto) saves the copy"
+            "writes all of them again in both cases, so 2 (or leaving it out: auto) saves the copy",
+            *ours,
         )
     if level == 2:
-        into.notices.append(
+        into.tell(
             f"roll.{path}=2: weights and KV cache are dropped while the policy is trained; the next publication writes "
-            "every weight again"
+            "every weight again",
+            *ours,
         )

@@ -12,6 +12,8 @@ from workers.reward.scorers import SCORERS
 FUNCTION = "reward.custom_reward_function.path"
 """The key that names the function; it must come from the command line, as ROLL's YAML has nothing like it."""
 
+_KINDS = ("no_filter", "mean_filter", "std_filter")
+_FILTER = "algorithm.filter_groups.enable"
 _WORKERS = {
     "MathRuleRewardWorker": "ROLL compares formulas with math_verify",
     "CodeSandboxRewardWorker": "there is no sandbox to run code in",
@@ -31,15 +33,20 @@ def translate_rewards(into: Translation) -> None:
     """
     domains: dict[str, Any] = into.roll.value("rewards") or {}
     without = [name for name, block in domains.items() if not _has_scorer(block or {})]
-    if FUNCTION in into.given:
+    if not domains and into.roll.has("reward"):
+        into.refuse("reward", "the sections of RLVR's domains stand in rewards", "rename it")
+    if into.given.get(FUNCTION):
         if domains:
             into.notices.append(
-                f"roll.rewards: {FUNCTION} scores every domain ({', '.join(domains)}); a row's tag is its data_source"
+                f"roll.rewards: {FUNCTION} scores every row, of {', '.join(domains)} and of tags that no domain has; a "
+                "row's tag is its data_source"
             )
     elif without:
         into.problems.append(_no_scorer({name: domains[name] for name in without}))
-    if not domains:
+    elif not domains:
         into.notices.append("roll.rewards: none; the built-in scorers are chosen by each row's tag")
+    else:
+        into.notices.append("roll.rewards: a row whose tag no domain has is scored too, 1 for exactly its ground truth")
     workers = [Options(block or {}).either("world_size", 0) for block in domains.values()]
     if any(workers):
         into.put("reward.num_workers", max(workers), *(f"rewards.{name}.world_size" for name in domains))
@@ -73,6 +80,9 @@ def _filters(into: Translation, domains: dict[str, Any]) -> None:
         if kind == "no_filter":
             continue
         path = f"rewards.{name}.query_filter_config.type"
+        if kind not in _KINDS:
+            into.refuse(path, "no such filter", f"choose one of {', '.join(_KINDS)}")
+            continue
         down, up = bounds.either("threshold_down", -1), bounds.either("threshold_up", math.inf)
         if kind == "mean_filter" and down < 0 and up > 1:
             continue  # nothing is left out
@@ -84,10 +94,9 @@ def _filters(into: Translation, domains: dict[str, Any]) -> None:
                 path,
                 f"{show(bounds.given)} leaves out other groups than those whose responses are equally good",
                 "use std_filter with std_threshold: 0, or no_filter",
+                _FILTER,
             )
     if dynamic:
-        into.put("algorithm.filter_groups.enable", True, *dynamic)
-        into.notices.append(
-            f"roll.{dynamic[0]}: groups whose responses are equally good are replaced (algorithm.filter_groups), in "
-            "all domains"
-        )
+        into.put(_FILTER, True, *dynamic)
+        text = "groups whose responses are equally good are replaced (algorithm.filter_groups), in all domains"
+        into.tell(f"roll.{dynamic[0]}: {text}", _FILTER)

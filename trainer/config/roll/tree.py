@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.config.errors import show
 from trainer.config.roll.defaults import DEFAULTS
+from trainer.config.roll.places import Places
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +55,17 @@ class RollTree:
 class Translation:
     """The outcome. values: our key -> value; sources: our key -> ROLL's keys that made it; then what is to be said.
 
-    given: our keys that the command line sets, which win.
+    places: where keys of ROLL's stand in its file. given: our keys that the command line sets, with their values, which
+    win: what only they decide is neither told nor refused.
     """
 
     roll: RollTree
-    given: frozenset[str] = frozenset()
+    given: Mapping[str, Any] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    places: Places = field(default_factory=dict)
 
     def put(self, key: str, value: Any, *paths: str) -> None:
         """Set our `key`, made from the keys of ROLL's at `paths`."""
@@ -76,14 +80,24 @@ class Translation:
         """Set our `key` to the value at `path`."""
         self.put(key, self.roll.value(path), path)
 
-    def refuse(self, path: str, reason: str, remedy: str) -> None:
-        """Remember that the value at `path` cannot be had."""
-        self.problems.append(f"roll.{path}={show(self.roll.value(path))}: {reason}; {remedy}")
+    def tell(self, text: str, *keys: str) -> None:
+        """Remember a notice about what ROLL's file does to our `keys`; it is untrue where the command line sets one."""
+        if not self.overridden(*keys):
+            self.notices.append(text)
 
-    def choose(self, path: str, table: dict[Any, Any], reason: str) -> Any:
-        """What the value at `path` is called here; None, and a problem, where the table does not have it."""
+    def refuse(self, path: str, reason: str, remedy: str, *keys: str) -> None:
+        """Remember that the value at `path` cannot be had, unless the command line sets one of our `keys` anyway."""
+        if not self.overridden(*keys):
+            self.problems.append(f"roll.{path}={show(self.roll.value(path))}: {reason}; {remedy}")
+
+    def choose(self, path: str, table: dict[Any, Any], reason: str, *keys: str) -> Any:
+        """What the value at `path` is called here; None, and a problem as in `refuse`, where the table lacks it."""
         value = self.roll.value(path)
         if isinstance(value, str | int | None) and value in table:
             return table[value]
-        self.refuse(path, reason, f"choose one of {', '.join(show(name) for name in table)}")
+        self.refuse(path, reason, f"choose one of {', '.join(show(name) for name in table)}", *keys)
         return None
+
+    def overridden(self, *keys: str) -> bool:
+        """Whether the command line sets one of our `keys`."""
+        return any(key in self.given for key in keys)

@@ -1,0 +1,167 @@
+"""Overrides of our own beside a file of ROLL's: they win, what is computed follows them, and notices stay true."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.config.load import load_config
+from trainer.config.roll.command_line import RollOverrides, expand_roll
+from trainer.config.roll.given import SAME
+
+DATA = Path(__file__).resolve().parents[1] / "data" / "roll"
+EXAMPLE, SEPARATE = "qwen2.5_7b_megatron", "qwen2.5_7b_separate"
+REWARD = "reward.custom_reward_function.path=my_reward.py"
+ACTOR, ROLLOUT, REF = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.ref"
+SLEEP = "roll.actor_infer.strategy_args.strategy_config.sleep_level"
+STEPS = "roll.actor_train.training_args.gradient_accumulation_steps"
+FILTER = "roll.rewards.math_rule.query_filter_config"
+WORKER = "roll.actor_train.worker_cls=a.ActorPGWorker"
+
+
+def expanded(*overrides: str, name: str = EXAMPLE) -> RollOverrides:
+    return expand_roll([f"roll.config={DATA / name}.yaml", REWARD, *overrides])
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "override", "told"),
+    [
+        (EXAMPLE, [f"{SLEEP}=2"], f"{ROLLOUT}.sleep_level=auto", "weights and KV cache are dropped"),
+        (EXAMPLE, [f"{SLEEP}=1"], f"{ROLLOUT}.free_cache_engine=false", "saves the copy"),
+        (SEPARATE, [f"{SLEEP}=1"], f"{ROLLOUT}.sleep_level=2", "so it never sleeps"),
+        (
+            EXAMPLE,
+            ["roll.actor_train.strategy_args.strategy_name=deepspeed_train"],
+            f"{ACTOR}.strategy=megatron",
+            "trained with FSDP",
+        ),
+        (
+            EXAMPLE,
+            [WORKER, "roll.actor_train.pg_variant=topr"],
+            f"{ACTOR}.policy_loss.loss_mode=ppo",
+            "pg_variant=topr",
+        ),
+        (EXAMPLE, [f"{STEPS}=64"], f"{ACTOR}.ppo_mini_batch_size=8", "each step is one update"),
+        (
+            EXAMPLE,
+            ["roll.use_kl_loss=true", "roll.reference.infer_batch_size=2"],
+            f"{REF}.log_prob_max_token_len_per_gpu=9000",
+            "one forward pass of the reference",
+        ),
+        (
+            EXAMPLE,
+            [f"{FILTER}={{type: std_filter, filter_args: {{std_threshold: 0}}}}"],
+            "algorithm.filter_groups.enable=false",
+            "algorithm.filter_groups",
+        ),
+        (EXAMPLE, [], f"{ACTOR}.use_kl_loss=true", "no effect of reference: no KL is used"),
+        (EXAMPLE, ["roll.adv_estimator=grpo"], "algorithm.adv_estimator=gae", "no effect of critic"),
+    ],
+)
+def test_a_notice_about_a_replaced_value_does_not_appear(name: str, file: list[str], override: str, told: str) -> None:
+    file = [*file, "roll.critic.device_mapping=list(range(0,16))"]
+    assert any(told in notice for notice in expanded(*file, name=name).notices)
+    assert not any(told in notice for notice in expanded(*file, override, name=name).notices)
+
+
+VALUES: dict[str, Any] = {
+    "data.train_batch_size": 32,
+    "data.max_prompt_length": 512,
+    "data.max_response_length": 512,
+    f"{ROLLOUT}.n": 4,
+    f"{ROLLOUT}.device_mapping": "8-15",
+    f"{ACTOR}.device_mapping": "0-7",
+    f"{REF}.device_mapping": "0-7",
+    "critic.device_mapping": "0-7",
+    "trainer.n_gpus_per_node": 16,
+    f"{ACTOR}.optim.lr": 1e-5,
+    "critic.optim.lr": 1e-5,
+    f"{ACTOR}.use_kl_loss": True,
+    "algorithm.use_kl_in_reward": True,
+    "algorithm.gamma": 0.9,
+    "algorithm.lam": 0.9,
+}
+MORE = {
+    f"{REF}.device_mapping": ["roll.use_kl_loss=true"],
+    "critic.device_mapping": ["roll.adv_estimator=gae", "roll.critic.device_mapping=list(range(0,16))"],
+    "critic.optim.lr": ["roll.adv_estimator=gae", "roll.critic.device_mapping=list(range(0,16))"],
+    f"{ACTOR}.optim.lr": ["roll.actor_train.strategy_args.strategy_config.lr_scheduler_kwargs={min_lr: 1e-7}"],
+    "data.max_response_length": ["roll.response_length=null", "roll.sequence_length=5000"],
+}
+
+
+@pytest.mark.parametrize("key", SAME)
+def test_what_is_computed_follows_an_override_as_it_follows_rolls_key(key: str) -> None:
+    file, more, value = f"roll.config={DATA / EXAMPLE}.yaml", MORE.get(key, []), VALUES[key]
+    without = [text for text in more if key != "data.max_response_length" or "sequence" not in text]
+    ours = load_config([file, REWARD, *more, f"{key}={value}"], "roll")
+    rolls = load_config([file, REWARD, *without, f"roll.{SAME[key]}={value}"], "roll")
+    assert ours == rolls
+    assert ours != load_config([file, REWARD, *more], "roll")
+
+
+def test_an_interpolation_leaves_what_is_computed_as_it_is() -> None:
+    roll = expanded("data.train_batch_size=${data.val_batch_size}")
+    assert f"{ACTOR}.ppo_mini_batch_size=64" in roll.overrides
+
+
+@pytest.mark.parametrize(
+    ("file", "override"),
+    [
+        (["roll.pretrain=null"], "actor_rollout_ref.model.path=org/model"),
+        (["roll.actor_train.data_args.file_name=null"], "data.train_files=mine.jsonl"),
+        (["roll.response_length=null"], "data.max_response_length=64"),
+        (["roll.actor_train.data_args.template=longcot_V3"], "data.chat_template=mine"),
+        (["roll.track_with=swanlab"], "trainer.logger=[console]"),
+        (["roll.norm_mean_type=running"], "algorithm.adv_estimator=grpo"),
+        (["roll.loss_agg_mode=mean"], f"{ACTOR}.loss_agg_mode=token-mean"),
+        (["roll.importance_sampling=both"], f"{ACTOR}.policy_loss.loss_mode=gspo"),
+        ([WORKER, "roll.actor_train.pg_variant=tis"], f"{ACTOR}.policy_loss.loss_mode=ppo"),
+        (["roll.actor_train.worker_cls=my.Worker"], f"{ACTOR}.policy_loss.loss_mode=ppo"),
+        ([f"{STEPS}=1", "roll.num_return_sequences_in_group=24"], f"{ACTOR}.ppo_mini_batch_size=2"),
+        (["roll.actor_train.training_args.lr_scheduler_type=wsd"], f"{ACTOR}.optim.lr_scheduler_type=cosine"),
+        (["roll.actor_train.model_args.dtype=fp16"], f"{ACTOR}.megatron.dtype=bfloat16"),
+        (["roll.actor_infer.model_args.dtype=int4"], f"{ROLLOUT}.dtype=float16"),
+        (["roll.actor_train.strategy_args.strategy_name=mine"], f"{ACTOR}.strategy=fsdp"),
+        (["roll.add_token_level_kl=true", "roll.kl_penalty=full"], "algorithm.kl_penalty=kl"),
+        (
+            [f"{FILTER}.type=mean_filter", f"{FILTER}.filter_args={{threshold_up: 0.7}}"],
+            "algorithm.filter_groups.enable=true",
+        ),
+    ],
+)
+def test_a_value_that_cannot_be_had_may_be_replaced(file: list[str], override: str) -> None:
+    with pytest.raises(ValueError, match=r"roll\."):
+        expanded(*file)
+    assert expanded(*file, override).overrides[-1] == override
+
+
+def test_the_reward_function_may_be_named_as_in_verl_or_in_a_section() -> None:
+    file = f"roll.config={DATA / EXAMPLE}.yaml"
+    for override in ("custom_reward_function.path=my.py", "reward.custom_reward_function={path: my.py}"):
+        assert expand_roll([file, override]).overrides[-1] == override
+    with pytest.raises(ValueError, match=r"roll\.rewards="):
+        expand_roll([file, "reward.custom_reward_function.path=null"])
+
+
+def test_a_function_leaves_no_word_of_built_in_scorers() -> None:
+    assert not any("built-in" in notice for notice in expanded("roll.rewards=null").notices)
+
+
+def test_an_estimator_of_ours_brings_its_own_parameters() -> None:
+    roll = expanded("algorithm.adv_estimator=grpo")
+    assert not any("adv_params" in override for override in roll.overrides)
+    file = f"roll.config={DATA / EXAMPLE}.yaml"
+    assert load_config([file, REWARD, "algorithm.adv_estimator=rloo"], "roll").algorithm.adv_estimator == "rloo"
+
+
+def test_validation_data_of_ours_are_looked_at_as_often_as_the_file_says() -> None:
+    roll = expanded("roll.validation=null", "roll.eval_steps=7", "data.val_files=mine.jsonl")
+    assert "trainer.test_freq=7" in roll.overrides
+
+
+def test_a_wrong_override_is_told_before_the_file_is_translated() -> None:
+    with pytest.raises(ValueError, match=r"reward\.custom_reward_functon\.path=.*did you mean"):
+        expand_roll([f"roll.config={DATA / EXAMPLE}.yaml", "reward.custom_reward_functon.path=my.py"])
