@@ -7,11 +7,20 @@ import secrets
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 SEED_VARIABLE = "TANDEM_TEST_SEED"
+LONGEST_FIRST = ("e2e", "engine", "seam", "unit")
+"""Directories, as several streams take them: the last things that are left for one alone are short."""
+SHARED_RUNS = {
+    f"tests/e2e/test_{name}.py"
+    for name in ("bad_input", "cluster", "devices", "grpo", "megatron", "resume", "variants")
+}
+"""Files that look at `main_run`: in one stream, so that it is made once."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -22,6 +31,27 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> str:
     """Say how to repeat what was left to chance."""
     return f"{SEED_VARIABLE}={os.environ[SEED_VARIABLE]} (set it to repeat the random moments of these tests)"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put what takes longest first, if there are several streams."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: LONGEST_FIRST.index(item.path.relative_to(HERE).parts[0]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """What the streams of `pytest -n 2` take, one after another: a file, or the files that look at the same run."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "the main run" if file in SHARED_RUNS else file
+
+    config.option.loadscopereorder = False
+    return Files(config, log)
 
 
 @pytest.fixture(scope="session")

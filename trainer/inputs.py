@@ -15,6 +15,7 @@ from trainer.config.schema import Config, ModelConfig
 from trainer.data.dataset import PromptDataset
 from trainer.engines import parallel_spec
 from workers.engines.megatron.architectures import check
+from workers.imports import big_imports
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -51,7 +52,8 @@ class Inputs:
 
 def load_inputs(cfg: Config) -> Inputs:
     """Reads and checks everything. Raises ValueError naming the key for what cannot be used."""
-    from transformers import AutoTokenizer
+    with big_imports():
+        from transformers import AutoTokenizer
 
     model = cfg.actor_rollout_ref.model
     model_path, tokenizer_path = absolute(model.path), absolute(model.tokenizer_path)

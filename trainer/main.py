@@ -44,6 +44,7 @@ from trainer.config.validate import validate
 from trainer.config.verl.flags import own_config_path
 from trainer.diagnosis import BROKEN, WARNING, startup_items
 from trainer.plan.origins import origins_of
+from workers.imports import big_imports
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +77,8 @@ def _run(argv: list[str], composed: Composed, notices: list[str]) -> int:
         notices += _diagnose(config)
         origins = origins_of(argv, composed.tree, roll=composed.roll.sources)
     _let_ray_find_its_token(config)
-    from trainer.run import run  # torch and Ray take seconds to import; a wrong configuration is told at once
+    with big_imports():  # torch and Ray take seconds; a wrong configuration is told at once
+        from trainer.run import run
 
     shown_by_run = notices.copy()
     notices.clear()

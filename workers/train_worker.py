@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from workers import determinism
+from workers.imports import big_imports
 from workers.protocol import RolloutBlock, split
 
 if TYPE_CHECKING:
@@ -111,7 +112,9 @@ class TrainWorker:
     def rendezvous(self) -> tuple[str, int]:
         """Rank 0 opens the store the others meet at; the port is the system's choice and never let go."""
         import ray
-        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+        with big_imports():
+            from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         host = ray.util.get_node_ip_address()  # at which Ray's own processes on other nodes reach this one
         self._store = TCPStore(host, 0, self._world_size, is_master=True, timeout=self._timeout, wait_for_workers=False)
@@ -119,11 +122,12 @@ class TrainWorker:
 
     def connect(self, host: str, port: int) -> None:
         """Joins the process group of all ranks."""
-        import torch
-        import torch.distributed as dist
-        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+        with big_imports():
+            import torch
+            import torch.distributed as dist
+            from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-        from workers.memory import DeviceMemory, meter_of
+            from workers.memory import DeviceMemory, meter_of
 
         if self._deterministic:
             determinism.make_deterministic()
@@ -146,7 +150,8 @@ class TrainWorker:
 
     def prepare(self, role: str, spec: EngineSpec) -> None:
         """Reads what a role's engine needs into host memory: others may be taking stock of the device meanwhile."""
-        from workers.engines.build import prepare
+        with big_imports():
+            from workers.engines.build import prepare
 
         self._prepared[role] = prepare(replace(spec, compile=spec.compile and self._device_type == "cuda"))
 

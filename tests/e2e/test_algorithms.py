@@ -1,4 +1,4 @@
-"""Every advantage estimator with every policy loss, two steps each through the real driver, on one set of workers."""
+"""Every advantage estimator with every policy loss through the real driver, on one set of workers."""
 
 from __future__ import annotations
 
@@ -68,8 +68,9 @@ def check(taken: Taken, *, updates: int = UPDATES, may_rest: bool = False) -> No
 @pytest.mark.parametrize("loss", OBJECTIVES)
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_every_estimator_with_every_loss(bench: Workbench, name: str, loss: str) -> None:
+    """Two updates of a step, the second with a ratio that is not 1; each estimator and each loss in two steps."""
     settings = [f"algorithm.adv_estimator={name}", f"{LOSS}.loss_mode={loss}", *PARAMS.get(loss, [])]
-    for taken in bench.steps(*settings, number=2):
+    for taken in bench.steps(*settings, number=2 if name == "grpo" or loss == "ppo" else 1):
         check(taken, may_rest=name == "grpo_passk")  # where the two best of every group are equally good
         needs, columns = ESTIMATORS[name].needs, taken.samples.columns
         for needed, column in COLUMNS.items():

@@ -147,6 +147,10 @@ def apart(runs: Path, nodes: dict[str, str]) -> Outcome:
         f"trainer.n_gpus_per_node={PER_NODE}",
         "actor_rollout_ref.actor.device_mapping=0",
         "actor_rollout_ref.rollout.device_mapping=2",
+        "data.train_batch_size=16",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=16",
+        "actor_rollout_ref.rollout.n=4",
+        "actor_rollout_ref.rollout.max_num_seqs=16",  # so that generation takes a while
         "data.max_response_length=128",
         "actor_rollout_ref.rollout.ignore_eos=true",
         "actor_rollout_ref.rollout.calculate_log_probs=true",

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -19,6 +21,7 @@ def diagnose(*arguments: str, timeout: float = 60) -> tuple[subprocess.Completed
     return done, time.monotonic() - began
 
 
+@pytest.mark.quiet
 def test_this_installation_is_well_and_told_in_time_on_one_screen() -> None:
     done, seconds = diagnose()
     assert done.returncode == 0, done.stdout + done.stderr

@@ -112,6 +112,7 @@ def test_a_deadline_names_group_rank_and_call(group: WorkerGroup) -> None:
     assert call.result(TIMEOUT_S) == [0, 1], "a late answer can still be taken"
 
 
+@pytest.mark.quiet
 def test_one_deadline_holds_for_all_ranks(group: WorkerGroup) -> None:
     call = group.scatter(Worker.wait, [(1.5,), (1.5,)])
     begun = time.monotonic()

@@ -166,6 +166,7 @@ def test_large_texts_pass(pool: RewardPool) -> None:
     assert scores.rewards.tolist() == [1] * 4
 
 
+@pytest.mark.quiet
 def test_processes_work_side_by_side(spec: RewardSpec) -> None:
     with RewardPool(spec, num_workers=4, timeout_s=5.0) as pool:
         started = time.monotonic()

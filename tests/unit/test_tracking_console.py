@@ -176,6 +176,7 @@ def test_small_words() -> None:
     assert [score(value) for value in (None, 0.5, -0.25)] == ["-", "50.0 %", "-0.250"]
 
 
+@pytest.mark.quiet
 def test_a_step_costs_little(tmp_path: Path) -> None:
     """50 metrics to console and files: a guard against something quadratic, generous for a busy machine."""
     console = Console(file=io.StringIO(), force_terminal=True, color_system="truecolor", width=120)

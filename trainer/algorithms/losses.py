@@ -29,10 +29,10 @@ from trainer.algorithms.corrections import (
 from trainer.algorithms.policy.base import BatchInput, Objective, ObjectiveInput, PolicyObjective
 from trainer.algorithms.policy.build import ClipRange, policy_objective
 from trainer.algorithms.thresholds import Correction, read_correction
-from workers.batch import MicroBatch
 
 if TYPE_CHECKING:
     from trainer.config.schema import ActorConfig, CriticConfig, RolloutCorrectionConfig
+    from workers.batch import MicroBatch
 
 NO_CORRECTION = Correction()
 Metrics = dict[str, Tensor]

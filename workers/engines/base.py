@@ -10,17 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor
 
-from workers.batch import Batch, MicroBatch
-from workers.engines.residency import Part
 from workers.normalizers import Normalizers
 from workers.settings import Auto
 from workers.sync.buckets import Shard
 
-Loss = Callable[[Tensor, Tensor | None, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
+if TYPE_CHECKING:
+    # tensordict and DTensor take a second to import, and the driver has no use for them
+    from workers.batch import Batch, MicroBatch
+    from workers.engines.residency import Part
+
+Loss = Callable[[Tensor, Tensor | None, "MicroBatch"], tuple[Tensor, dict[str, Tensor]]]
 Output = Literal["outputs", "sum_pi_squared"]
 """What a forward pass is for: the head's own outputs; or, of a language model, the sum over the vocabulary of the
 squared probabilities at each response token, at the sampling temperature."""

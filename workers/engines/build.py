@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from workers.engines.base import EngineSpec, TrainEngine
+from workers.imports import big_imports
 
 
 class Prepared(Protocol):
@@ -34,7 +35,8 @@ class _Fsdp:
     """Reads the whole model into host memory."""
 
     def __init__(self, spec: EngineSpec) -> None:
-        from workers.engines.fsdp import load
+        with big_imports():
+            from workers.engines.fsdp import load
 
         self._spec = spec
         self._model = load(spec)
@@ -52,9 +54,10 @@ class _Megatron:
 
     def __init__(self, spec: EngineSpec) -> None:
         _silence_megatron()
-        from workers.engines.megatron.architectures import items
-        from workers.engines.megatron.engine import MegatronEngine
-        from workers.engines.models import hf_config
+        with big_imports():
+            from workers.engines.megatron.architectures import items
+            from workers.engines.megatron.engine import MegatronEngine
+            from workers.engines.models import hf_config
 
         config = hf_config(
             spec.model_path, trust_remote_code=spec.trust_remote_code, override_config=spec.override_config

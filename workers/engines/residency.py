@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from workers.pinned import pin
 
@@ -83,6 +82,8 @@ class Part:
 
 def local_of(tensor: Tensor) -> Tensor:
     """This rank's own rows of a sharded tensor, sharing its storage; any other tensor as it is."""
+    from torch.distributed.tensor import DTensor  # half a second, which the driver would spend for nothing
+
     data = tensor.detach()
     return data.to_local() if isinstance(data, DTensor) else data
 

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from workers.imports import big_imports
 from workers.protocol import IntArray
 from workers.rollout.spec import ReplicaStatus, SamplingSpec
 from workers.rollout.vllm import patches
@@ -48,7 +49,8 @@ class Engine:
         self._asleep: set[str] = set()
         _set_environment(plan)
         with _callers_generators_kept():
-            from vllm import LLM
+            with big_imports():
+                from vllm import LLM
 
             if can.needs_patches:
                 patches.apply()
