@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config.errors import raise_problems
-from trainer.config.model import model_problems
+from trainer.config.model import model_problems, unknown_override_notices
 from trainer.config.roles import training_roles
 from trainer.config.schema import Config, ModelConfig
 from trainer.data.dataset import PromptDataset
@@ -36,7 +36,9 @@ _FINGERPRINT = (
 class Inputs:
     """model_path, tokenizer_path: absolute, or a hub name. hidden_size: of the model's config.
 
+    override_config: of the model's config, as every part of a run reads it.
     fingerprint: what makes a checkpoint of this model this model's. eos_ids: tokens that end a response.
+    notices: about the model.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -45,8 +47,10 @@ class Inputs:
     model_path: str
     tokenizer_path: str
     hidden_size: int
+    override_config: dict[str, Any]
     fingerprint: dict[str, Any]
     eos_ids: tuple[int, ...]
+    notices: tuple[str, ...]
 
 
 def load_inputs(cfg: Config) -> Inputs:
@@ -88,6 +92,8 @@ def load_inputs(cfg: Config) -> Inputs:
         model_path=model_path,
         tokenizer_path=tokenizer_path,
         hidden_size=int(fields["hidden_size"]),
+        override_config=_overrides(model),
+        notices=_notices(model),
         fingerprint={key: fields[key] for key in _FINGERPRINT if key in fields},
         eos_ids=_eos_ids(tokenizer.eos_token_id, config.eos_token_id, model_path),
     )
@@ -162,6 +168,22 @@ def read_config(model: ModelConfig, path: str, key: str) -> PreTrainedConfig:
             f"{key}={path}: config cannot be loaded: {error}; give a directory with a Hugging Face checkpoint, or a "
             "hub name this machine can reach"
         ) from error
+
+
+def _overrides(model: ModelConfig) -> dict[str, Any]:
+    from workers.engines.models import config_overrides
+
+    return config_overrides(
+        absolute(model.path), trust_remote_code=model.trust_remote_code, override_config=model.override_config
+    )
+
+
+def _notices(model: ModelConfig) -> tuple[str, ...]:
+    """About model.override_config; code that ships with the checkpoint may read whatever it likes."""
+    if not model.override_config or model.trust_remote_code:
+        return ()
+    plain = read_config(model.model_copy(update={"override_config": {}}), model.path, "actor_rollout_ref.model.path")
+    return tuple(unknown_override_notices(model.override_config, plain.to_dict()))
 
 
 def check_experts(fields: dict[str, Any], path: str) -> None:
