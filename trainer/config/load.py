@@ -93,7 +93,8 @@ def type_tree(tree: DictConfig, *, overrides: Sequence[str] = ()) -> tuple[Confi
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        problems = explain(error, {str(key): value for key, value in values.items()}, known_keys())
+        tree_of_values = {str(key): value for key, value in values.items()}
+        problems = explain(error, tree_of_values, known_keys(), following=frozenset(_following(nested)))
         raise_problems([*report.problems, *problems])
         raise
     raise_problems(report.problems)
@@ -147,6 +148,15 @@ def _unset(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
         if isinstance(value, dict):
             yield from _unset(value, f"{prefix}{name}.")
         elif value == "???":
+            yield f"{prefix}{name}"
+
+
+def _following(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the keys that are another key's value, `${...}`."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _following(value, f"{prefix}{name}.")
+        elif isinstance(value, str) and value.startswith("${"):
             yield f"{prefix}{name}"
 
 
