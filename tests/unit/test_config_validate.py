@@ -94,11 +94,6 @@ def test_the_defaults_are_valid_and_quiet(base: list[str]) -> None:
             f"set {ROLLOUT}.n=8",
         ),
         (
-            ["algorithm.filter_groups.metric=acc"],
-            "algorithm.filter_groups.metric=acc: has no effect with algorithm.filter_groups.enable=false",
-            "set that to true, or the metric to null",
-        ),
-        (
             ["data.train_batch_size=8", f"{ACTOR}.ppo_mini_batch_size=4"],
             f"{ACTOR}.ppo_mini_batch_size=4: 4 sequences ({ROLLOUT}.n=1) for 8 devices",
             "use fewer devices",
