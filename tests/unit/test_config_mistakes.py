@@ -267,6 +267,15 @@ def test_what_a_model_bears(overrides: list[str], fields: dict[str, Any]) -> Non
     assert of_model(*overrides, **fields) == []
 
 
+@pytest.mark.parametrize(("size", "fits"), [(16, 4), (3, 2), (5, 4)])
+def test_a_divisor_is_proposed_that_cuts_the_model_too(base: list[str], size: int, fits: int) -> None:
+    config = Path(base[1].partition("=")[2]) / "config.json"
+    config.write_text(json.dumps({"model_type": "qwen2", "num_attention_heads": 28, "num_key_value_heads": 4}))
+    with pytest.raises(ValueError) as error:
+        validate(load_config([*base, *GRPO, f"{ROLLOUT}.tensor_model_parallel_size={size}"]))
+    assert f"set it to a divisor of 8, e.g. {fits}, or change" in str(error.value)
+
+
 def test_overrides_that_no_config_has() -> None:
     known = {"max_position_embeddings": 1, "num_hidden_layers": 2}
     given = {"num_hidden_layer": 2, "num_hidden_layers": 2, "rope_scaling": {}, "rope_theta": 5.0, "zzz": None}

@@ -5,9 +5,11 @@ Pure: from the fields of a Hugging Face config. What the training engines ask of
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Iterator, Mapping
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from trainer.config.batches import ROLLOUT, sequence_text
@@ -49,6 +51,15 @@ def unknown_override_notices(overrides: Mapping[str, Any], known: Collection[str
             near = get_close_matches(name, known, n=1)
             meant = f"; did you mean {_OVERRIDE}.{near[0]}?" if near else ""
             yield f"{_OVERRIDE}.{name}={show(value)} has no effect: the model's config has no such field{meant}"
+
+
+def local_fields(path: str) -> Mapping[str, Any]:
+    """Of a model on this disk, its config.json; empty where that cannot be read, which is told elsewhere."""
+    try:
+        fields = json.loads((Path(path).expanduser() / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def _scaling(cfg: Config, fields: Mapping[str, Any]) -> Iterator[str]:
@@ -102,15 +113,15 @@ def _more_positions(found: Positions, wanted: int) -> str:
 
 def _tensor_parallel(cfg: Config, fields: Mapping[str, Any]) -> Iterator[str]:
     size = cfg.actor_rollout_ref.rollout.tensor_model_parallel_size
-    wrong = _uncut(fields, size)
+    wrong = uncut(fields, size)
     if wrong is None:
         return
     devices = range(size - 1, 0, -1)
-    fits = next(smaller for smaller in devices if size % smaller == 0 and _uncut(fields, smaller) is None)
+    fits = next(smaller for smaller in devices if size % smaller == 0 and uncut(fields, smaller) is None)
     yield f"{_TP}={size}: does not divide the model's {wrong}; set {_TP}={fits}, or use another model"
 
 
-def _uncut(fields: Mapping[str, Any], size: int) -> str | None:
+def uncut(fields: Mapping[str, Any], size: int) -> str | None:
     """What of the model tensor parallelism of this size cannot cut, as name=number; None: nothing."""
     heads = fields.get("num_attention_heads")
     groups = fields.get("num_key_value_heads") or heads

@@ -11,6 +11,7 @@ from typing import Any
 from trainer._version import __version__
 from trainer.adaptation import Adaptation
 from trainer.assembly import annotates_actor
+from trainer.config.errors import UserError
 from trainer.config.keys import known_keys
 from trainer.config.roles import RoleName, training_roles
 from trainer.config.schema import Config
@@ -70,10 +71,19 @@ class Plan:
         }
 
     def write(self, run_dir: Path) -> Path:
-        """Writes plan.json into a run directory, which is made if it is not there."""
-        run_dir.mkdir(parents=True, exist_ok=True)
+        """Writes plan.json into a run directory, which is made if it is not there.
+
+        Raises UserError if that cannot be: nothing of the run could be written.
+        """
         path = run_dir / PLAN
-        write_atomically(path, json.dumps(self.record(), indent=2, allow_nan=False) + "\n")
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(self.record(), indent=2, allow_nan=False) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"trainer.default_local_dir={run_dir}: cannot be written to ({error.strerror}); name a directory of "
+                "yours with room in it"
+            ) from error
         return path
 
 
