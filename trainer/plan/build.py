@@ -16,7 +16,7 @@ from trainer.config.keys import known_keys
 from trainer.config.roles import RoleName, training_roles
 from trainer.config.schema import Config
 from trainer.inputs import Inputs, read_config
-from trainer.plan.batches import batch_record
+from trainer.plan.batches import batch_record, warmup_problems
 from trainer.plan.devices import Devices
 from trainer.plan.layout import layout_of
 from trainer.plan.memory import PhaseMemory
@@ -114,8 +114,14 @@ def make_plan(
         cache=_cache_record(cfg, memory, per_token, on_cpu=devices.kind == "cpu"),
         vllm={"version": adaptation.version, "choices": {what: value for what, value, _ in adaptation.choices}},
         notices=tuple(notices),
-        verdict=judge(cfg, memory, total, longest_cache(cfg, per_token)),
+        verdict=_verdict(cfg, sizes, judge(cfg, memory, total, longest_cache(cfg, per_token))),
     )
+
+
+def _verdict(cfg: Config, sizes: Sizes, of_memory: Verdict) -> Verdict:
+    """Of memory, and of what the number of steps shows."""
+    problems, warnings = warmup_problems(cfg, sizes)
+    return Verdict((*problems, *of_memory.problems), (*warnings, *of_memory.warnings))
 
 
 def annotating_roles(cfg: Config, sizes: Sizes) -> tuple[RoleName, ...]:
