@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from trainer.config.errors import raise_problems
 from trainer.config.mapping import is_shared, replica_devices
 from trainer.config.schema import Config
 from trainer.inputs import Inputs
@@ -36,8 +37,7 @@ def adapt(cfg: Config, inputs: Inputs, cluster: Cluster) -> Adaptation:
     plan = plan_engine(spec, can, os.environ)
     sampling, notice, problem = fit_sampling(sampling_spec(cfg, inputs), can, auto_adapt=spec.auto_adapt)
     problems = [*plan.problems, *([problem] if problem else [])]
-    if problems:
-        raise ValueError("\n".join(problems))
+    raise_problems(problems)
     notices = [*plan.notices, *([notice] if notice else [])]
     if not can.known:
         notices.append(f"vLLM {can.version} is newer than {NEWEST}, the last one Tandem was checked against")

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config.errors import raise_problems
-from trainer.config.model import model_problems
+from trainer.config.model import model_problems, unknown_override_notices
 from trainer.config.roles import training_roles
 from trainer.config.schema import Config, ModelConfig
 from trainer.data.dataset import PromptDataset
 from trainer.engines import parallel_spec
 from workers.engines.megatron.architectures import check
 from workers.imports import big_imports
+from workers.reward.scorers import SCORERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -37,7 +38,9 @@ _FINGERPRINT = (
 class Inputs:
     """model_path, tokenizer_path: absolute, or a hub name. hidden_size: of the model's config.
 
+    override_config: of the model's config, as every part of a run reads it.
     fingerprint: what makes a checkpoint of this model this model's. eos_ids: tokens that end a response.
+    notices: about the model, and how it is scored.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -46,8 +49,10 @@ class Inputs:
     model_path: str
     tokenizer_path: str
     hidden_size: int
+    override_config: dict[str, Any]
     fingerprint: dict[str, Any]
     eos_ids: tuple[int, ...]
+    notices: tuple[str, ...]
 
 
 def load_inputs(cfg: Config) -> Inputs:
@@ -62,7 +67,7 @@ def load_inputs(cfg: Config) -> Inputs:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"actor_rollout_ref.model.tokenizer_path={model.tokenizer_path}: cannot be loaded: {error}; give a "
+            f"actor_rollout_ref.model.tokenizer_path={model.tokenizer_path}: cannot be loaded: {_told(error)}; give a "
             "directory with a tokenizer, or a hub name this machine can reach"
         ) from error
     fields = config.to_dict()
@@ -83,6 +88,7 @@ def load_inputs(cfg: Config) -> Inputs:
             check_vocabulary(
                 [p.token_ids for p in dataset.prompts], int(fields["vocab_size"]), key, model.tokenizer_path
             )
+            check_answers(cfg, dataset, key)
     return Inputs(
         tokenizer=tokenizer,
         train=train,
@@ -90,6 +96,8 @@ def load_inputs(cfg: Config) -> Inputs:
         model_path=model_path,
         tokenizer_path=tokenizer_path,
         hidden_size=int(fields["hidden_size"]),
+        override_config=_overrides(model),
+        notices=(*_notices(model), *scorer_notices(cfg, train)),
         fingerprint={key: fields[key] for key in _FINGERPRINT if key in fields},
         eos_ids=_eos_ids(tokenizer.eos_token_id, config.eos_token_id, model_path),
     )
@@ -161,9 +169,30 @@ def read_config(model: ModelConfig, path: str, key: str) -> PreTrainedConfig:
         )
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{key}={path}: config cannot be loaded: {error}; give a directory with a Hugging Face checkpoint, or a "
-            "hub name this machine can reach"
+            f"{key}={path}: config cannot be loaded: {_told(error)}; give a directory with a Hugging Face checkpoint, "
+            "or a hub name this machine can reach"
         ) from error
+
+
+def _told(error: Exception) -> str:
+    """Its first sentences, on one line."""
+    return " ".join(str(error).partition("\n")[0].split()).rstrip(".")
+
+
+def _overrides(model: ModelConfig) -> dict[str, Any]:
+    from workers.engines.models import config_overrides
+
+    return config_overrides(
+        absolute(model.path), trust_remote_code=model.trust_remote_code, override_config=model.override_config
+    )
+
+
+def _notices(model: ModelConfig) -> tuple[str, ...]:
+    """About model.override_config; code that ships with the checkpoint may read whatever it likes."""
+    if not model.override_config or model.trust_remote_code:
+        return ()
+    plain = read_config(model.model_copy(update={"override_config": {}}), model.path, "actor_rollout_ref.model.path")
+    return tuple(unknown_override_notices(model.override_config, plain.to_dict()))
 
 
 def check_experts(fields: dict[str, Any], path: str) -> None:
@@ -184,6 +213,31 @@ def check_vocabulary(prompts: Sequence[Sequence[int]], vocab_size: int, key: str
                 f"{key}: prompt {number} has token id {max(token_ids)}, outside the model's vocabulary of "
                 f"{vocab_size}; actor_rollout_ref.model.tokenizer_path={tokenizer_path} is another model's tokenizer"
             )
+
+
+def check_answers(cfg: Config, dataset: PromptDataset, key: str) -> None:
+    """Raises ValueError for rows without a ground truth where a built-in scorer has to compare with it."""
+    missing = sum(prompt.ground_truth is None for prompt in dataset.prompts)
+    if missing and cfg.reward.custom_reward_function.path is None:
+        raise ValueError(
+            f"{key}: {missing} of {len(dataset)} rows have no ground truth, and without reward.custom_reward_function."
+            "path a response is compared with it; set data.answer_key to the column with the answer, or "
+            "reward.custom_reward_function.path to a function that needs none"
+        )
+
+
+def scorer_notices(cfg: Config, train: PromptDataset) -> Iterator[str]:
+    """Data sources for which a built-in scorer was expected and is not there."""
+    if cfg.reward.custom_reward_function.path is not None:
+        return
+    sources = {prompt.data_source for prompt in train.prompts} - {""}
+    if unknown := sorted(sources - SCORERS.keys()):
+        shown = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
+        yield (
+            f"data.reward_fn_key={cfg.data.reward_fn_key}: no built-in scorer for {shown} (there is one for "
+            f"{', '.join(SCORERS)}), so a response gets 1 if it equals the ground truth, else 0; "
+            "reward.custom_reward_function.path scores otherwise"
+        )
 
 
 def absolute(path: str) -> str:

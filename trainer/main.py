@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import get_terminal_size
+from typing import NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -45,6 +46,8 @@ from trainer.config.verl.flags import own_config_path
 from trainer.diagnosis import BROKEN, WARNING, startup_items
 from trainer.plan.origins import origins_of
 from workers.imports import big_imports
+
+_OPTIONS = "; there are --config-name, --config-dir, --help and --cfg job, and keys are set as key=value"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,7 +130,7 @@ def _compose(argv: list[str], notices: list[str]) -> Composed | None:
     """Let Hydra read the command line; None where it only printed something (--help, --cfg, ...)."""
     argv, changed = own_config_path(argv)
     notices += changed
-    arguments = get_args_parser().parse_intermixed_args(argv)
+    arguments = _parse(argv)
     if arguments.multirun:
         raise UserError("--multirun: not supported, one process is one run; loop over the settings in the shell")
     overrides = list(arguments.overrides)
@@ -159,6 +162,20 @@ def _compose(argv: list[str], notices: list[str]) -> Composed | None:
         print(help_text(composed[0], words, width=get_terminal_size().columns))
         return None
     return Composed(composed[0], overrides, roll) if composed else None
+
+
+def _parse(argv: list[str]) -> Namespace:
+    """The options, and what is left as overrides. Raises UserError for an option that there is not."""
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        unknown = next((argument for argument in argv if argument.startswith("-") and argument in message), "")
+        bare = unknown.lstrip("-")
+        keys = f"; keys are set without dashes, {bare if '=' in bare else f'{bare}=...'}" if "." in bare else ""
+        raise UserError(f"{message.replace('unrecognized arguments', 'there are no such options')}{keys or _OPTIONS}")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser.parse_intermixed_args(argv)
 
 
 def _asks_for_help(argument: str) -> bool:

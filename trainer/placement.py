@@ -61,6 +61,11 @@ class Cluster:
             remove_placement_group(group)
 
 
+def _last_line(error: Exception) -> str:
+    """What happened, where Ray's message is a traceback."""
+    return str(error.__cause__ or error).strip().splitlines()[-1].rstrip(".")
+
+
 def connect(cfg: Config) -> None:
     """Joins the cluster at ray_kwargs.ray_init.address or RAY_ADDRESS, or starts a local one that ends with us.
 
@@ -76,7 +81,7 @@ def connect(cfg: Config) -> None:
             ray.init(address=address, **quiet)
         except OSError as error:  # ConnectionError, from Ray, is one
             raise ValueError(
-                f"{key}={address}: cannot join a Ray cluster there: {error.__cause__ or error}; start it, correct the "
+                f"{key}={address}: cannot join a Ray cluster there: {_last_line(error)}; start it, correct the "
                 f"address, or leave {key} out for a local cluster"
             ) from error
         return

@@ -102,7 +102,7 @@ def _prepare(cfg: Config, console: Console, notices: Sequence[str], origins: Ori
         if _uses_ray(cfg):
             placement.connect(cfg)
         inputs = reading.result()
-    of_data = inputs.train.notices + (inputs.validation.notices if inputs.validation else ())
+    of_data = inputs.notices + inputs.train.notices + (inputs.validation.notices if inputs.validation else ())
     for notice in of_data:
         console.print(f"note: {notice}", style="yellow", markup=False)
     derived = sizes(cfg, inputs)

@@ -61,7 +61,7 @@ def rollout_spec(cfg: Config, inputs: Inputs, kind: DeviceType, devices: list[De
         model_path=inputs.model_path,
         tokenizer_path=inputs.tokenizer_path,
         trust_remote_code=model.trust_remote_code,
-        override_config=model.override_config,
+        override_config=inputs.override_config,
         device=kind,
         devices=tuple(d.local_index for d in devices),
         tensor_parallel_size=len(devices),

@@ -76,7 +76,66 @@ def test_nothing_is_removed(override: str) -> None:
 
 @pytest.mark.parametrize("override", ["trainer.logger=console,wandb", "data.seed=range(1,3)", "data.seed=choice(1,2)"])
 def test_a_sweep_is_refused(override: str) -> None:
-    assert "for a list, or quote the value" in refused(override)
+    message = refused(override)
+    assert f"quote the value: '{override.partition('=')[0]}=\"" in message
+    assert ("for a list" in message) == ("(" not in override)
+
+
+@pytest.mark.parametrize("number", ["20261122", "2026_11", "1.5"])
+def test_a_name_may_look_like_a_number(number: str) -> None:
+    assert load_config([*BASE, f"trainer.experiment_name={number}"]).trainer.experiment_name == number
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("~data", "~data: keys cannot be removed, every one of them is needed; set the keys below data instead"),
+        ("~data.sede", "~data.sede: keys cannot be removed, every one of them is needed; did you mean data.seed?"),
+        (
+            "actor_rollout_ref.rollout.n.foo=3",
+            "actor_rollout_ref.rollout.n.foo=3: actor_rollout_ref.rollout.n is a value, not a section; set "
+            "actor_rollout_ref.rollout.n=...",
+        ),
+        ("trainer.n_gpus=8", "trainer.n_gpus=8: unknown key; did you mean trainer.n_gpus_per_node?"),
+        (
+            "actor_rollout_ref=foo",
+            "actor_rollout_ref=foo: actor_rollout_ref is a section, not a value; set a key below it, such as "
+            "actor_rollout_ref.model.path=foo",
+        ),
+        (
+            "trainer.project_name=a=b",
+            "trainer.project_name=a=b: cannot be read (mismatched input '=' expecting <EOF>); put quotes around the "
+            "value: 'trainer.project_name=\"a=b\"'",
+        ),
+        (
+            "actor_rollout_ref.rollout.log_prob_micro_batch_sise_per_gpu=16",
+            "actor_rollout_ref.rollout.log_prob_micro_batch_sise_per_gpu=16: unknown key; did you mean "
+            "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu or "
+            "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu?",
+        ),
+        ("data.train_files=3", "data.train_files=3: must be a path, glob, or list of them"),
+        ("actor_rollout_ref.model.path=null", "actor_rollout_ref.model.path=null: must be a path"),
+        ("data.prompt_key=5", "data.prompt_key=5: must be text; put quotes around it: 'data.prompt_key=\"5\"'"),
+        (
+            "actor_rollout_ref.actor.device_mapping=[0-3]",
+            "actor_rollout_ref.actor.device_mapping=[0-3]: must be ranks: 0-7, 0,2,5-6 or [0,1], or null",
+        ),
+        (
+            "actor_rollout_ref.actor.optim.betas=[0.9]",
+            "actor_rollout_ref.actor.optim.betas=[0.9]: must have at least 2 items",
+        ),
+    ],
+)
+def test_one_mistake_is_told_once_with_what_to_do(override: str, message: str) -> None:
+    assert refused(override) == message
+
+
+def test_the_mistake_of_a_key_that_others_follow_is_told_once() -> None:
+    actor = "actor_rollout_ref.actor.ppo_mini_batch_size"
+    assert refused(f"{actor}=0") == f"{actor}=0: must be greater than 0"
+    both = refused(f"{actor}=0", "critic.ppo_mini_batch_size=none")
+    assert "critic.ppo_mini_batch_size=none: must be a whole number" in both
+    assert len(both.splitlines()) == 3
 
 
 @pytest.mark.parametrize("override", ["data.train_files=a=b.jsonl", "trainer.logger=[console", "=1", "data.seed"])

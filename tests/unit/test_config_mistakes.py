@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from trainer.config.load import load_config
-from trainer.config.model import model_problems
+from trainer.config.model import model_problems, override_problems, unknown_override_notices
 from trainer.config.validate import validate
 
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
+OVERRIDE = "actor_rollout_ref.model.override_config"
 BASE = ["data.train_files=t.jsonl", "actor_rollout_ref.model.path=org/model"]
 GRPO = ["algorithm.adv_estimator=grpo", f"{ROLLOUT}.n=8"]
 QWEN: dict[str, Any] = {
@@ -225,13 +226,15 @@ def of_model(*overrides: str, **fields: Any) -> list[str]:
             "actor_rollout_ref.model.path=org/model: the model has max_position_embeddings=2048, less than one "
             "sequence of 4096 tokens (data.max_prompt_length=512 + data.max_response_length=3584); set "
             "data.max_response_length=1536 or smaller, or, if the model bears it, "
-            "actor_rollout_ref.model.override_config.max_position_embeddings=4096",
+            f"{OVERRIDE}.max_position_embeddings=4096, or {OVERRIDE}.rope_scaling.rope_type=yarn with "
+            f"{OVERRIDE}.rope_scaling.factor=2",
         ),
         (
             [f"{ROLLOUT}.max_model_len=4096"],
             {"max_position_embeddings": 2048},
             f"{ROLLOUT}.max_model_len=4096: the model has max_position_embeddings=2048; set {ROLLOUT}.max_model_len="
-            "null, or, if the model bears it, actor_rollout_ref.model.override_config.max_position_embeddings=4096",
+            f"null, or, if the model bears it, {OVERRIDE}.max_position_embeddings=4096, or "
+            f"{OVERRIDE}.rope_scaling.rope_type=yarn with {OVERRIDE}.rope_scaling.factor=2",
         ),
         (
             [f"{ROLLOUT}.kv_cache_gb=0.01"],
@@ -254,12 +257,35 @@ def test_what_the_model_contradicts(overrides: list[str], fields: dict[str, Any]
         ([f"{ROLLOUT}.tensor_model_parallel_size=8"], {"num_attention_heads": 16, "num_key_value_heads": 2}),  # copies
         ([f"{ROLLOUT}.tensor_model_parallel_size=8"], {"num_attention_heads": 16, "vocab_size": 151937}),  # padded
         (["data.max_response_length=99999"], {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
+        (["data.max_response_length=60000"], {"rope_scaling": {"type": "linear", "factor": 2}}),
+        (["data.max_response_length=99999"], {"rope_scaling": {"rope_type": "one_of_tomorrow", "factor": 4.0}}),
         (["data.max_response_length=99999"], {"max_position_embeddings": None}),
         ([f"{ROLLOUT}.kv_cache_gb=0.01"], {"kv_lora_rank": 512}),
     ],
 )
 def test_what_a_model_bears(overrides: list[str], fields: dict[str, Any]) -> None:
     assert of_model(*overrides, **fields) == []
+
+
+@pytest.mark.parametrize(("size", "fits"), [(16, 4), (3, 2), (5, 4)])
+def test_a_divisor_is_proposed_that_cuts_the_model_too(base: list[str], size: int, fits: int) -> None:
+    config = Path(base[1].partition("=")[2]) / "config.json"
+    config.write_text(json.dumps({"model_type": "qwen2", "num_attention_heads": 28, "num_key_value_heads": 4}))
+    with pytest.raises(ValueError) as error:
+        validate(load_config([*base, *GRPO, f"{ROLLOUT}.tensor_model_parallel_size={size}"]))
+    assert f"set it to a divisor of 8, e.g. {fits}, or change" in str(error.value)
+
+
+def test_overrides_that_no_config_has() -> None:
+    known = {"max_position_embeddings": 1, "num_hidden_layers": 2}
+    given = {"num_hidden_layer": 2, "num_hidden_layers": 2, "rope_scaling": {}, "rope_theta": 5.0, "zzz": None}
+    assert list(unknown_override_notices(given, known)) == [
+        f"{OVERRIDE}.num_hidden_layer=2 has no effect: the model's config has no such field; did you mean "
+        f"{OVERRIDE}.num_hidden_layers?",
+        f"{OVERRIDE}.zzz=null has no effect: the model's config has no such field",
+    ]
+    cfg = load_config([*BASE, *GRPO, f"+{OVERRIDE}.rope_scaling=4"])
+    assert next(iter(override_problems(cfg))).startswith(f"{OVERRIDE}.rope_scaling=4: must be a dictionary; set ")
 
 
 def test_the_models_config_is_asked_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,14 +94,14 @@ def test_the_defaults_are_valid_and_quiet(base: list[str]) -> None:
             f"set {ROLLOUT}.n=8",
         ),
         (
-            ["algorithm.filter_groups.metric=acc"],
-            "algorithm.filter_groups.metric=acc: has no effect with algorithm.filter_groups.enable=false",
-            "set that to true, or the metric to null",
-        ),
-        (
             ["data.train_batch_size=8", f"{ACTOR}.ppo_mini_batch_size=4"],
             f"{ACTOR}.ppo_mini_batch_size=4: 4 sequences ({ROLLOUT}.n=1) for 8 devices",
-            "use fewer devices",
+            "set it to 8, or use fewer devices",
+        ),
+        (
+            ["data.train_batch_size=4", f"{ACTOR}.ppo_mini_batch_size=4"],
+            f"{ACTOR}.ppo_mini_batch_size=4: 4 sequences ({ROLLOUT}.n=1) for 8 devices",
+            f"set data.train_batch_size=8 with {ACTOR}.ppo_mini_batch_size=8, or use fewer devices",
         ),
         (
             [f"{ACTOR}.ppo_max_token_len_per_gpu=1000"],
@@ -163,6 +163,7 @@ def test_the_defaults_are_valid_and_quiet(base: list[str]) -> None:
             "set critic.enable=null, or algorithm.adv_estimator=grpo",
         ),
         ([f"{ROLLOUT}.temperature=0"], f"{ROLLOUT}.temperature=0.0: greedy", "set it above 0"),
+        ([f"{ROLLOUT}.temperature=0.005"], f"{ROLLOUT}.temperature=0.005: vLLM samples at 0.01", "set it to 0.01 or"),
         (
             [*GRPO, "trainer.critic_warmup=5"],
             "trainer.critic_warmup=5: there is no critic",
@@ -226,7 +227,7 @@ def test_keys_that_do_not_go_together(base: list[str], overrides: list[str], pro
         (
             [f"{TENSOR}=2", "data.train_batch_size=3", f"{ACTOR}.ppo_mini_batch_size=3"],
             f"{ACTOR}.ppo_mini_batch_size=3: 3 sequences ({ROLLOUT}.n=1) for 4 data-parallel ranks",
-            "raise it",
+            f"set data.train_batch_size=4 with {ACTOR}.ppo_mini_batch_size=4, or",
         ),
     ],
 )
@@ -323,6 +324,11 @@ def test_a_tracker_that_is_not_installed(base: list[str], monkeypatch: pytest.Mo
         ),
         ([f"{ACTOR}.policy_loss.loss_mode=gspo"], "loss_agg_mode=token-mean has no effect: "),
         ([f"{ACTOR}.use_kl_loss=true", f"{ACTOR}.kl_loss_type=kl"], "kl_loss_type=kl: in the loss its gradient is 0"),
+        (
+            [*GRPO, "algorithm.adv_estimator=gpg", "reward.overlong_buffer.len=9"],
+            "reward.overlong_buffer.len=9: a failure that is punished for its length has a reward other than 0",
+        ),
+        ([f"{ACTOR}.optim.lr=0"], f"{ACTOR}.optim.lr=0.0: nothing is learned"),
         (["trainer.resume_from_path=x"], "trainer.resume_from_path=x has no effect: trainer.resume_mode=auto"),
     ],
 )

@@ -166,3 +166,9 @@ def test_overlong_prompts_are_refused_or_dropped(tmp_path: Path) -> None:
     assert (len(dataset.prompts[1].token_ids), dataset.num_truncated, dataset.num_filtered) == (2, 0, 1)
     with pytest.raises(ValueError, match=r"all 1 prompts are longer than data\.max_prompt_length=5"):
         load(tmp_path, LONG[1:2], max_prompt_length=5, filter_overlong_prompts=True)
+
+
+def test_a_data_source_that_was_asked_for_has_to_be_there(tmp_path: Path) -> None:
+    assert load(tmp_path, [{"prompt": "1", "domain": "math"}], reward_fn_key="domain").prompts[0].data_source == "math"
+    with pytest.raises(ValueError, match=r"row 0 has no column data\.reward_fn_key=domain; its columns are: prompt\."):
+        load(tmp_path, [{"prompt": "1"}], reward_fn_key="domain")

@@ -135,3 +135,12 @@ def test_layouts_come_from_the_config_with_its_changes(asked: list[str], tmp_pat
     head = shape.hidden_size // shape.num_attention_heads
     per_token = 2 * 4 * shape.num_key_value_heads * head * 2
     assert planned(tmp_path)["kv_cache"]["bytes_per_token"] == per_token
+
+
+def test_a_run_directory_that_cannot_be_is_the_users_to_change(
+    asked: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert cli.main([*asked, f"trainer.default_local_dir={tmp_path}/file/run"]) == 2
+    told = capsys.readouterr().err
+    assert f"error: trainer.default_local_dir={tmp_path}/file/run: cannot be written to (Not a directory); name" in told

@@ -9,7 +9,16 @@ import pytest
 from transformers import Gemma2Config, GPT2Config, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3MoeConfig
 
 from trainer.config.load import load_config
-from trainer.inputs import check_attention, check_engines, check_experts, check_vocabulary
+from trainer.data.dataset import PromptDataset
+from trainer.inputs import (
+    check_answers,
+    check_attention,
+    check_engines,
+    check_experts,
+    check_vocabulary,
+    scorer_notices,
+)
+from workers.protocol import Prompt
 
 ACTOR = "actor_rollout_ref.actor"
 MEGATRON = f"{ACTOR}.megatron"
@@ -49,8 +58,14 @@ def engines(tmp_path: Path, model: PreTrainedConfig, *overrides: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [
-        ([f"{MEGATRON}.tensor_model_parallel_size=4"], "size=4 does not divide the model's num_key_value_heads=2"),
-        ([f"{MEGATRON}.pipeline_model_parallel_size=3"], "size=3 .* does not divide the model's num_hidden_layers=4"),
+        (
+            [f"{MEGATRON}.tensor_model_parallel_size=4"],
+            "size=4 does not divide the model's num_key_value_heads=2: set it to 2$",
+        ),
+        (
+            [f"{MEGATRON}.pipeline_model_parallel_size=3"],
+            "size=3 .* does not divide the model's num_hidden_layers=4: set the first to 1$",
+        ),
         (
             [
                 f"{MEGATRON}.pipeline_model_parallel_size=2",
@@ -128,7 +143,9 @@ def test_each_role_is_asked_about_its_own_model(tmp_path: Path) -> None:
     Qwen2Config(num_hidden_layers=3).save_pretrained(critic)
     (critic / "model.safetensors").touch()
     cut = [f"{MEGATRON}.pipeline_model_parallel_size=2", "algorithm.adv_estimator=gae", f"critic.model.path={critic}"]
-    with pytest.raises(ValueError, match=r"^critic\.megatron\.pipeline_model_parallel_size=2 .*layers=3$"):
+    with pytest.raises(
+        ValueError, match=r"^critic\.megatron\.pipeline_model_parallel_size=2 .*layers=3: set the first to 1$"
+    ):
         engines(tmp_path, QWEN2, *cut)
     engines(tmp_path, QWEN2, *cut, "critic.strategy=fsdp")
 
@@ -145,3 +162,30 @@ def test_a_tokenizer_of_another_model_is_refused() -> None:
     check_vocabulary([[1, 2], [99]], 100, "data.train_files", "t")
     with pytest.raises(ValueError, match=r"data\.train_files: prompt 1 has token id 100, .*vocabulary of 100.*path=t"):
         check_vocabulary([[1, 2], [3, 100]], 100, "data.train_files", "t")
+
+
+def prompts(*rows: tuple[str, str | None]) -> PromptDataset:
+    """Of (data source, ground truth)."""
+    made = [Prompt(index, (1,), source, truth, {}) for index, (source, truth) in enumerate(rows)]
+    return PromptDataset(made, 0, 0, ())
+
+
+def test_built_in_scorers_need_something_to_compare_with() -> None:
+    cfg = load_config(["data.train_files=none", "actor_rollout_ref.model.path=m"])
+    own = load_config(
+        ["data.train_files=none", "actor_rollout_ref.model.path=m", "reward.custom_reward_function.path=r.py"]
+    )
+    rows = prompts(("", "1"), ("", None))
+    with pytest.raises(ValueError, match=r"^data\.val_files: 1 of 2 rows have no ground truth, .*data\.answer_key"):
+        check_answers(cfg, rows, "data.val_files")
+    check_answers(own, rows, "data.val_files")
+    check_answers(cfg, prompts(("", "1")), "data.val_files")
+
+
+def test_a_data_source_without_a_scorer_of_its_own_is_told() -> None:
+    cfg = load_config(["data.train_files=none", "actor_rollout_ref.model.path=m"])
+    assert list(scorer_notices(cfg, prompts(("", "1"), ("openai/gsm8k", "2")))) == []
+    (notice,) = scorer_notices(cfg, prompts(("math_dapo", "1"), ("openai/gsm8k", "2")))
+    assert notice.startswith(
+        "data.reward_fn_key=data_source: no built-in scorer for math_dapo (there is one for openai"
+    )

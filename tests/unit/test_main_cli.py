@@ -41,6 +41,8 @@ def command(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str
         (BASE, "data.train_files=train.jsonl: no such file"),
         (["--config-name", "quickstrt"], "did you mean quickstart?"),
         (["data.seed=1", "--multirun"], "--multirun: not supported"),
+        (["--data.seed=1"], "there are no such options: --data.seed=1; keys are set without dashes, data.seed=1"),
+        (["--dry-run"], "there are no such options: --dry-run; there are --config-name, --config-dir, --help and "),
     ],
 )
 def test_a_mistake_is_one_clean_message(tmp_path: Path, arguments: list[str], complaint: str) -> None:

@@ -172,6 +172,13 @@ def test_training_roles_share_all_of_their_gpus_or_none(
         cfg = config(*settings, f"trainer.device={device}", "trainer.n_gpus_per_node=8")
         with pytest.raises(UserError if refused and device == "cuda" else ValueError) as error:
             placement.reserve(cfg)
-        is_overlap = f"{role}.device_mapping=[" in str(error.value)
+        is_overlap = "neither could make room for the other" in str(error.value)
         assert is_overlap == (refused and device == "cuda")
-        assert not is_overlap or "set both the same" in str(error.value)
+        assert is_overlap == (" as well" in str(error.value))
+
+
+def test_of_rays_traceback_the_last_line_is_told() -> None:
+    error = ConnectionError("no")
+    error.__cause__ = RuntimeError("Failed: Traceback (most recent call last):\n  File x\nRpcError: status 404.\n")
+    assert placement._last_line(error) == "RpcError: status 404"
+    assert placement._last_line(OSError("nobody there")) == "nobody there"

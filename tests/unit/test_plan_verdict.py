@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from typing import Any
 
@@ -63,8 +64,20 @@ def test_a_cache_for_less_than_one_sequence() -> None:
         f"{ROLLOUT}.gpu_memory_utilization=0.1: the KV cache of one sequence of 768 tokens takes 42.0"
     )
     assert f"raise {ROLLOUT}.tensor_model_parallel_size (now 1)" in problem
+    (share,) = re.findall(r"raise it to ([\d.]+) or more", problem)
+    assert verdict([*W1_7B, f"{ROLLOUT}.gpu_memory_utilization={share}"], QWEN_7B, H200) == Verdict((), ())
     (given,) = verdict([*W1_7B, f"{ROLLOUT}.kv_cache_gb=0.03"], QWEN_7B, H200).problems
     assert given.startswith(f"{ROLLOUT}.kv_cache_gb=0.03: ")
+    assert "raise it to 0.05 or more" in given
+    small = verdict([*W1_7B, f"{ROLLOUT}.gpu_memory_utilization=0.5"], QWEN_7B, 14 * GIB)
+    assert "take a larger GPU, lower data.max_response_length" in small.problems[0]
+
+
+def test_what_is_counted_already_is_no_remedy_and_one_cause_is_told_once() -> None:
+    (problem,) = verdict([*W1_7B, f"{ROLLOUT}.gpu_memory_utilization=0.5"], QWEN_7B, 79 * GIB).problems
+    assert "enable_gradient_checkpointing" not in problem, "auto has recomputed all that there is"
+    told = verdict([*W1, f"{ROLLOUT}.kv_cache_gb=200"], QWEN_1_5B, H200).problems
+    assert [re.search(r": (\w+) needs", each).group(1) for each in told] == ["start", "generate"]  # type: ignore[union-attr]
 
 
 def test_an_unknown_size_refuses_nothing() -> None:

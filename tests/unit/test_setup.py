@@ -137,6 +137,6 @@ def test_a_replica_that_has_its_devices_alone_stays_awake(level: str, shared: bo
     """Unless a sleep level is asked for."""
     required = ["data.train_files=train.jsonl", "actor_rollout_ref.model.path=org/model"]
     cfg = load_config([*required, f"actor_rollout_ref.rollout.sleep_level={level}"])
-    inputs = cast(Inputs, SimpleNamespace(model_path="m", tokenizer_path="m"))
+    inputs = cast(Inputs, SimpleNamespace(model_path="m", tokenizer_path="m", override_config={}))
     spec = rollout_spec(cfg, inputs, "cuda", list(_cluster("cuda", 1, 1).devices), shared=shared)
     assert spec.free_cache_engine is gives_back

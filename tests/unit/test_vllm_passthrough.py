@@ -166,6 +166,7 @@ def test_what_has_a_key_of_its_own(name: str, value: Any, instead: str) -> None:
         ("distributed_executor_backend", "ray", "Tandem needs this argument as it sets it; take it out"),
         ("pipeline_parallel_size", 2, f"set {ROLLOUT}.tensor_model_parallel_size, and more replicas by"),
         ("runner", "pooling", "replicas generate, nothing else; take it out"),
+        ("override_generation_config", {"min_p": 0.1}, f"set {ROLLOUT}.temperature, top_p and top_k"),
         ("enable_lora", True, f"{ROLLOUT}.sleep_level=2 drops the weights below an adapter; take it out"),
         ("quantization", "fp8", f"the weight sync writes weights in {ROLLOUT}.dtype"),
     ],

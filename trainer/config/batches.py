@@ -88,9 +88,17 @@ def _mini_batch_devices(cfg: Config) -> Iterator[str]:
             kind = "devices" if ranks == devices else "data-parallel ranks"
             yield (
                 f"{role.key}.ppo_mini_batch_size={size}: {size * n} sequences ({ROLLOUT}.n={n}) for {ranks} {kind}, so "
-                "some would have none; raise it, or use fewer devices (trainer.n_gpus_per_node, "
-                f"{role.key}.device_mapping)"
+                f"some would have none; {_enough_prompts(cfg, role.key, -(-ranks // n))}"
             )
+
+
+def _enough_prompts(cfg: Config, key: str, least: int) -> str:
+    """What to set so that a mini-batch has at least so many prompts."""
+    batch, fewer = cfg.data.train_batch_size, f"use fewer devices (trainer.n_gpus_per_node, {key}.device_mapping)"
+    fits = next((size for size in range(least, batch + 1) if batch % size == 0), None)
+    if fits is None:
+        return f"set data.train_batch_size={least} with {key}.ppo_mini_batch_size={least}, or {fewer}"
+    return f"set it to {fits}, or {fewer}"
 
 
 def _micro_batches(cfg: Config) -> Iterator[str]:

@@ -33,8 +33,3 @@ def collecting_problems(cfg: Config) -> Iterator[str]:
             "algorithm.filter_groups.enable=true: compares the responses to one prompt, and "
             "actor_rollout_ref.rollout.n=1; set actor_rollout_ref.rollout.n=8, for example, or leave it off"
         )
-    if cfg.algorithm.filter_groups.metric is not None and not cfg.algorithm.filter_groups.enable:
-        yield (
-            f"algorithm.filter_groups.metric={cfg.algorithm.filter_groups.metric}: has no effect with "
-            "algorithm.filter_groups.enable=false; set that to true, or the metric to null"
-        )

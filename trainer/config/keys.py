@@ -15,9 +15,12 @@ _LIST_ALL = "`python -m trainer.main --cfg job` lists every key"
 _USUALLY_MEANT = (
     "path",
     "train_files",
+    "n",
     "loss_mode",
     "adv_estimator",
     "enable",
+    "model.path",
+    "custom_reward_function.path",
     "name",
     "type",
     "strategy",
@@ -25,6 +28,10 @@ _USUALLY_MEANT = (
     "address",
 )
 """The key of a section that its name alone is most likely to stand for, e.g. `actor_rollout_ref.model=org/model`."""
+
+
+_FOREIGN = 0.06
+"""By so much another name has to be nearer than one of ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +50,14 @@ class KnownKeys:
         """Whether `key` lies below a free-form dictionary."""
         return any(key.startswith(f"{parent}.") for parent in self.free_form)
 
-    def nearest(self, key: str, *, limit: int = 3) -> tuple[str, ...]:
-        """Return the existing keys that `key` probably meant, best first; none where nothing is close."""
-        scored = sorted(((_likeness(key, known), known) for known in self.leaves | self.sections), reverse=True)
+    def nearest(self, key: str, *, limit: int = 3, also: frozenset[str] = frozenset()) -> tuple[str, ...]:
+        """Return the existing keys that `key` probably meant, best first; none where nothing is close.
+
+        also: other names that are understood.
+        """
+        ours = self.leaves | self.sections
+        scored = [(_likeness(key, known), known) for known in ours]
+        scored = sorted([*scored, *((_likeness(key, name) - _FOREIGN, name) for name in also - ours)], reverse=True)
         best = scored[0][0]
         return tuple(known for score, known in scored[:limit] if score >= max(0.7, best - 0.05))
 
@@ -60,9 +72,12 @@ def known_keys() -> KnownKeys:
     return KnownKeys(frozenset(leaves), frozenset(sections), frozenset(free_form))
 
 
-def unknown_key(key: str, value: str, known: KnownKeys) -> str:
-    """Word the complaint about a key that does not exist."""
-    nearest = known.nearest(key)
+def unknown_key(key: str, value: str, known: KnownKeys, also: frozenset[str] = frozenset()) -> str:
+    """Word the complaint about a key that does not exist. also: other names that are understood."""
+    above = next((leaf for leaf in known.leaves if key.startswith(f"{leaf}.")), None)
+    if above is not None:
+        return f"{key}={value}: {above} is a value, not a section; set {above}=..."
+    nearest = known.nearest(key, also=also)
     remedy = f"did you mean {' or '.join(nearest)}?" if nearest else _LIST_ALL
     return f"{key}={value}: unknown key; {remedy}"
 
@@ -93,6 +108,8 @@ def _likeness(key: str, known: str) -> float:
     if known.endswith(f".{key}"):
         return 1.0
     last, known_last = key.rpartition(".")[2], known.rpartition(".")[2]
+    if len(last) > 3 and known_last.startswith(f"{last}_") and key.rpartition(".")[0] == known.rpartition(".")[0]:
+        return 0.9
     return (_ratio(last, known_last) + max(_ratio(key, known), _ratio(key, _tail(known, key)))) / 2
 
 

@@ -26,6 +26,7 @@ from trainer.config.keys import known_keys
 from trainer.config.overrides import overridden_keys, prepare_overrides
 from trainer.config.roll.command_line import expand_roll
 from trainer.config.schema import Config
+from trainer.config.unused import unused_notices
 from trainer.config.verl.translate import translate_nested
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
@@ -93,11 +94,12 @@ def type_tree(tree: DictConfig, *, overrides: Sequence[str] = ()) -> tuple[Confi
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        problems = explain(error, {str(key): value for key, value in values.items()}, known_keys())
+        tree_of_values = {str(key): value for key, value in values.items()}
+        problems = explain(error, tree_of_values, known_keys(), following=frozenset(_following(nested)))
         raise_problems([*report.problems, *problems])
         raise
     raise_problems(report.problems)
-    return config, report.notices()
+    return config, [*report.notices(), *unused_notices(config, _given(nested))]
 
 
 def full_name(config_name: str, *config_dirs: Path) -> str:
@@ -148,6 +150,29 @@ def _unset(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _unset(value, f"{prefix}{name}.")
         elif value == "???":
             yield f"{prefix}{name}"
+
+
+def _following(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the keys that are another key's value, `${...}`."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _following(value, f"{prefix}{name}.")
+        elif isinstance(value, str) and value.startswith("${"):
+            yield f"{prefix}{name}"
+
+
+def _given(tree: dict[str, Any]) -> dict[str, Any]:
+    """The leaves that are not as `configs/ppo_trainer.yaml` has them."""
+    defaults = dict(_leaves(yaml.safe_load((CONFIG_DIR / f"{DEFAULT_CONFIG_NAME}.yaml").read_text(encoding="utf-8"))))
+    return {key: value for key, value in _leaves(tree) if key in defaults and value != defaults[key]}
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _missing(key: str) -> str:

@@ -93,10 +93,13 @@ def check_shared_devices(cfg: Config) -> None:
     for (other, theirs), (role, ranks) in combinations(devices.items(), 2):
         if ranks != theirs and set(ranks) & set(theirs):
             key, same = f"{keys[role]}.device_mapping", f"{keys[other]}.device_mapping"
+            free = [rank for rank in range(cfg.num_devices) if rank not in theirs]
+            apart = f", or to devices of its own, e.g. {show_devices(free)}" if free else ""
             how = "has the devices in another order than" if set(ranks) == set(theirs) else "shares some, not all, with"
             raise UserError(
-                f"{key}={show(list(ranks))}: {how} {same}={show(list(theirs))}, so that each has processes of its own, "
-                "and neither could make room for the other on a GPU; set both the same, or without a common device"
+                f"{key}={show_devices(ranks)}: {how} {same}={show_devices(theirs)}, so that each has processes of its "
+                "own, and neither could make room for the other on a GPU; set it to "
+                f"{show_devices(theirs)} as well{apart}"
             )
 
 

@@ -5,12 +5,17 @@ Pure: from the fields of a Hugging Face config. What the training engines ask of
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from trainer.config.batches import ROLLOUT, sequence_text
+from trainer.config.errors import show
 from trainer.config.schema import Config
+from workers.engines.rope import BESIDE, KINDS, SPELLINGS, Positions, positions_of, scaling_of
 
 _TP = f"{ROLLOUT}.tensor_model_parallel_size"
 _OVERRIDE = "actor_rollout_ref.model.override_config"
@@ -22,50 +27,101 @@ _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 def model_problems(cfg: Config, fields: Mapping[str, Any]) -> Iterator[str]:
     """What the rollout cannot do with a model of these fields."""
+    yield from _scaling(cfg, fields)
     yield from _positions(cfg, fields)
     yield from _tensor_parallel(cfg, fields)
     yield from _cache(cfg, fields)
 
 
+def override_problems(cfg: Config) -> Iterator[str]:
+    """Overrides of the config that no config can have."""
+    given = cfg.actor_rollout_ref.model.override_config
+    for name in SPELLINGS:
+        if given.get(name) is not None and not isinstance(given[name], dict):
+            yield (
+                f"{_OVERRIDE}.{name}={show(given[name])}: must be a dictionary; set {_OVERRIDE}.{name}.rope_type=yarn "
+                f"with {_OVERRIDE}.{name}.factor=2.0, for example"
+            )
+
+
+def unknown_override_notices(overrides: Mapping[str, Any], known: Collection[str]) -> Iterator[str]:
+    """Overrides that nobody reads. known: fields that the checkpoint's config has without them."""
+    for name, value in overrides.items():
+        if name not in known and name not in (*SPELLINGS, *BESIDE):
+            near = get_close_matches(name, known, n=1)
+            meant = f"; did you mean {_OVERRIDE}.{near[0]}?" if near else ""
+            yield f"{_OVERRIDE}.{name}={show(value)} has no effect: the model's config has no such field{meant}"
+
+
+def local_fields(path: str) -> Mapping[str, Any]:
+    """Of a model on this disk, its config.json; empty where that cannot be read, which is told elsewhere."""
+    try:
+        fields = json.loads((Path(path).expanduser() / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def _scaling(cfg: Config, fields: Mapping[str, Any]) -> Iterator[str]:
+    """Overrides of the rotary positions that nobody could compute."""
+    given = scaling_of(cfg.actor_rollout_ref.model.override_config)
+    kind, factor, key = given.get("rope_type"), given.get("factor"), f"{_OVERRIDE}.rope_scaling"
+    if kind is not None and kind not in KINDS:
+        yield f"{key}.rope_type={kind}: unknown; choose one of {', '.join(KINDS)}"
+    if kind in ("linear", "dynamic", "yarn") and factor is None:
+        yield f"{key}.rope_type={kind}: needs a factor; set {key}.factor=2.0, for example"
+    found = positions_of(fields)
+    if factor is not None and kind is None and found is not None and found.kind == "default":
+        yield f"{key}.factor={show(factor)}: has no effect without a kind; set {key}.rope_type=yarn, for example"
+    elif factor is not None and (isinstance(factor, bool) or not isinstance(factor, int | float) or factor < 1):
+        yield f"{key}.factor={show(factor)}: must be a number of at least 1; set {key}.factor=2.0, for example"
+
+
 def _positions(cfg: Config, fields: Mapping[str, Any]) -> Iterator[str]:
-    limit = _num_positions(fields)
-    if limit is None:
+    """Sequences longer than the model has positions for, as vLLM counts them."""
+    found = positions_of(fields)
+    if found is None:
         return
     asked = cfg.actor_rollout_ref.rollout.max_model_len
-    if cfg.max_sequence_length > limit:
-        room = limit - cfg.data.max_prompt_length
+    if cfg.max_sequence_length > found.number:
+        room = found.number - cfg.data.max_prompt_length
         shorter = f"set data.max_response_length={room} or smaller" if room > 0 else "make both shorter"
         yield (
-            f"actor_rollout_ref.model.path={cfg.actor_rollout_ref.model.path}: the model has max_position_embeddings="
-            f"{limit}, less than one sequence of {sequence_text(cfg)}; {shorter}, or, if the model bears it, "
-            f"{_OVERRIDE}.max_position_embeddings={cfg.max_sequence_length}"
+            f"actor_rollout_ref.model.path={cfg.actor_rollout_ref.model.path}: the model has {found.why}, less than "
+            f"one sequence of {sequence_text(cfg)}; {shorter}, or, {_more_positions(found, cfg.max_sequence_length)}"
         )
-    elif asked is not None and asked > limit:
+    elif asked is not None and asked > found.number:
         yield (
-            f"{ROLLOUT}.max_model_len={asked}: the model has max_position_embeddings={limit}; set {ROLLOUT}."
-            f"max_model_len=null, or, if the model bears it, {_OVERRIDE}.max_position_embeddings={asked}"
+            f"{ROLLOUT}.max_model_len={asked}: the model has {found.why}; set {ROLLOUT}.max_model_len=null, or, "
+            f"{_more_positions(found, asked)}"
         )
 
 
-def _num_positions(fields: Mapping[str, Any]) -> int | None:
-    """Longest sequence that the model was made for; None where its config does not say, or in a way of its own."""
-    limit = fields.get("max_position_embeddings")
-    scaling = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    return limit if isinstance(limit, int) and kind in ("default", "llama3") else None
+def _more_positions(found: Positions, wanted: int) -> str:
+    """What to set where the model is to work beyond its positions."""
+    key, factor = f"{_OVERRIDE}.rope_scaling", math.ceil(wanted / found.base)
+    if found.kind in ("yarn", "linear"):
+        return f"if the model bears it, {key}.factor={factor}"
+    yarn = f"{key}.rope_type=yarn with {key}.factor={factor}"
+    if found.kind in ("dynamic", "longrope"):
+        return (
+            f"as a {found.kind} scale follows the longest sequence of a batch from there on, in training another than "
+            f"in vLLM, {yarn}"
+        )
+    return f"if the model bears it, {_OVERRIDE}.max_position_embeddings={wanted}, or {yarn}"
 
 
 def _tensor_parallel(cfg: Config, fields: Mapping[str, Any]) -> Iterator[str]:
     size = cfg.actor_rollout_ref.rollout.tensor_model_parallel_size
-    wrong = _uncut(fields, size)
+    wrong = uncut(fields, size)
     if wrong is None:
         return
     devices = range(size - 1, 0, -1)
-    fits = next(smaller for smaller in devices if size % smaller == 0 and _uncut(fields, smaller) is None)
+    fits = next(smaller for smaller in devices if size % smaller == 0 and uncut(fields, smaller) is None)
     yield f"{_TP}={size}: does not divide the model's {wrong}; set {_TP}={fits}, or use another model"
 
 
-def _uncut(fields: Mapping[str, Any], size: int) -> str | None:
+def uncut(fields: Mapping[str, Any], size: int) -> str | None:
     """What of the model tensor parallelism of this size cannot cut, as name=number; None: nothing."""
     heads = fields.get("num_attention_heads")
     groups = fields.get("num_key_value_heads") or heads

@@ -54,6 +54,13 @@ def _objective(cfg: Config) -> Iterator[str]:
             f"{_ACTOR}.kl_loss_type={actor.kl_loss_type}: in the loss its gradient is 0 on average, whatever the KL "
             "is; low_var_kl (k3), or k1+ for its value with a gradient that counts"
         )
+    algorithm, buffer = cfg.algorithm, cfg.reward.overlong_buffer.len
+    if algorithm.adv_estimator == "gpg" and buffer and algorithm.adv_params.get("valid") != "mixed_groups":
+        yield (
+            f"reward.overlong_buffer.len={buffer}: a failure that is punished for its length has a reward other than "
+            "0, and algorithm.adv_estimator=gpg counts it among the rewarded (as verl does); "
+            "algorithm.adv_params.valid=mixed_groups counts as the paper does, whatever the rewards are"
+        )
     in_loss, in_reward = actor.kl_loss_coef if actor.use_kl_loss else 0.0, cfg.algorithm.kl_ctrl.kl_coef
     if actor.use_kl_loss and not in_loss and not cfg.algorithm.use_kl_in_reward:
         yield f"{_ACTOR}.kl_loss_coef=0.0: {_ACTOR}.use_kl_loss=true keeps a reference whose KL weighs nothing"
@@ -125,6 +132,8 @@ def _schedule(cfg: Config) -> Iterator[str]:
         if isinstance(role.config, RefConfig):
             continue
         optim, key = role.config.optim, f"{role.key}.optim"
+        if optim.lr == 0:
+            yield f"{key}.lr=0.0: nothing is learned, the weights stay as they are"
         if optim.lr_warmup_steps >= 0 and optim.lr_warmup_steps_ratio > 0:
             yield (
                 f"{key}.lr_warmup_steps_ratio={optim.lr_warmup_steps_ratio} has no effect: "

@@ -6,6 +6,7 @@ Hydra alone answers a mistyped key with "Key 'x' is not in struct"; here it is t
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -17,9 +18,13 @@ from hydra.errors import HydraException
 from trainer.config.errors import raise_problems
 from trainer.config.keys import KnownKeys, known_keys, replaced_section, unknown_key
 from trainer.config.verl.classify import moved_key, place_of
+from trainer.config.verl.names import verl_names
 from trainer.config.verl.report import Report
 from trainer.config.verl.rules import Kind
 from trainer.config.verl.translate import verdict_now, waits
+
+_NAMES = ("trainer.project_name", "trainer.experiment_name")
+"""Text, whatever it looks like."""
 
 
 def prepare_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -83,14 +88,15 @@ def _problems(override: str, known: KnownKeys) -> list[str]:
         return []
     value = override.partition("=")[2]
     if parsed.is_delete():
-        return [f"~{key}: keys cannot be removed, every one of them is needed; set a value instead, {key}=..."]
+        return [f"~{key}: keys cannot be removed, every one of them is needed; {_instead_of_removing(key, known)}"]
     if parsed.is_sweep_override():
-        remedy = f"write '{key}=[{value}]' for a list, or quote the value: '{key}=\"{value}\"'"
+        as_list = "" if "(" in value else f"write '{key}=[{value}]' for a list, "
+        remedy = f"{as_list}{'or ' if as_list else 'give one value, or '}quote the value: {_quoted(key, value)}"
         return [f"{key}={value}: Hydra takes this for a sweep over several runs; {remedy}"]
     if known.is_free(key) or key in known.leaves:
         return []
     if key not in known.sections:
-        return [unknown_key(key, value, known)]
+        return [unknown_key(key, value, known, verl_names())]
     content = parsed.value()
     if not isinstance(content, dict):
         return [replaced_section(key, value, known)]
@@ -105,7 +111,7 @@ def _dict_problems(section: str, content: dict[Any, Any], known: KnownKeys) -> l
         if key in known.leaves:
             continue
         if key not in known.sections:
-            problems.append(unknown_key(key, str(value), known))
+            problems.append(unknown_key(key, str(value), known, verl_names()))
         elif isinstance(value, dict):
             problems.extend(_dict_problems(key, value, known))
         else:
@@ -121,8 +127,23 @@ def _parse(override: str) -> Override | str:
     try:
         return OverridesParser.create().parse_override(override)
     except HydraException as error:
+        key, _, value = override.partition("=")
         reason = str(error).partition("\n")[0]
-        return f"{override}: cannot be read ({reason}); put quotes around the value: 'key=\"value\"'"
+        return f"{override}: cannot be read ({reason}); put quotes around the value: {_quoted(key, value)}"
+
+
+def _quoted(key: str, value: str) -> str:
+    """As a shell passes it on and Hydra takes it for text."""
+    inner = value.strip("\"'").replace("\\", "\\\\").replace('"', '\\"')
+    return shlex.quote(f'{key}="{inner}"')
+
+
+def _instead_of_removing(key: str, known: KnownKeys) -> str:
+    if key in known.leaves:
+        return f"set a value instead, {key}=..."
+    if key in known.sections:
+        return f"set the keys below {key} instead"
+    return unknown_key(key, "...", known, verl_names()).partition("; ")[2]
 
 
 def _singles(override: str) -> list[str]:
@@ -174,6 +195,8 @@ def _as_text(value: Any) -> str:
 def _quote(override: str) -> str:
     """Quote what Hydra would misread: `~/file`, and device mappings, for it a sweep (`0,2`) or a call (`list(...)`)."""
     key, equals, value = override.partition("=")
+    if key in _NAMES and _readable(override) and isinstance(_value(override), int | float):  # a date, a number of a job
+        return f'{key}="{value}"'
     is_mapping = key.endswith(".device_mapping") and not value.startswith(("[", "'", '"', "$")) and value != "null"
     return f'{key}="{value}"' if equals and (is_mapping or value.startswith("~/")) else override
 

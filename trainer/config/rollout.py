@@ -6,10 +6,15 @@ from collections.abc import Iterator
 
 from trainer.config.batches import ROLLOUT, sequence_text
 from trainer.config.mapping import count_devices
+from trainer.config.model import local_fields, uncut
 from trainer.config.schema import Config
 
 ALMOST_ALL = 0.9
 """A share of a GPU's memory that leaves no room to train beside it."""
+
+
+COLDEST = 0.01
+"""Temperatures above 0 that are lower are raised to this by vLLM."""
 
 
 def rollout_problems(cfg: Config) -> Iterator[str]:
@@ -20,11 +25,6 @@ def rollout_problems(cfg: Config) -> Iterator[str]:
     yield from _tensor_parallel(cfg)
     yield from _sampling(cfg)
     yield from _time_limits(cfg)
-
-
-def nearest_divisor(number: int, size: int) -> int:
-    """The divisor of `number` that is nearest to `size`, the smaller one of two."""
-    return min((n for n in range(1, number + 1) if number % n == 0), key=lambda n: abs(n - size))
 
 
 def _engine(cfg: Config) -> Iterator[str]:
@@ -84,12 +84,24 @@ def _tensor_parallel(cfg: Config) -> Iterator[str]:
     if devices is not None and devices % size:
         yield (
             f"{key}={size}: does not divide the {devices} devices of the rollout; set it to a divisor of {devices}, "
-            f"e.g. {nearest_divisor(devices, size)}, or change {ROLLOUT}.device_mapping or trainer.n_gpus_per_node"
+            f"e.g. {_fitting(cfg, devices, size)}, or change {ROLLOUT}.device_mapping or trainer.n_gpus_per_node"
         )
+
+
+def _fitting(cfg: Config, devices: int, size: int) -> int:
+    """The divisor of the devices nearest to `size` that a model on this disk can be cut into, as far as is known."""
+    fields = local_fields(cfg.actor_rollout_ref.model.path)
+    fits = [n for n in range(1, devices + 1) if devices % n == 0 and uncut(fields, n) is None]
+    return min(fits, key=lambda n: abs(n - size))
 
 
 def _sampling(cfg: Config) -> Iterator[str]:
     rollout = cfg.actor_rollout_ref.rollout
+    if 0 < rollout.temperature < COLDEST:
+        yield (
+            f"{ROLLOUT}.temperature={rollout.temperature}: vLLM samples at {COLDEST} instead, and the trainer would "
+            f"divide its logits by {rollout.temperature}; set it to {COLDEST} or more, e.g. 1.0"
+        )
     if rollout.temperature == 0:
         yield (
             f"{ROLLOUT}.temperature=0.0: greedy responses leave nothing to explore, and log-probs are divided by it; "

@@ -68,8 +68,9 @@ DeviceMapping = Annotated[
 """Global device ranks, read by `devices.parse_device_mapping`; None: every device."""
 
 LossAggMode = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
-KlBase = Literal["k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl"]
-KlKind = KlBase | Literal["k1+", "kl+", "abs+", "k2+", "mse+", "k3+", "low_var_kl+"]
+KlKind = Literal[
+    "k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl", "k1+", "kl+", "abs+", "k2+", "mse+", "k3+", "low_var_kl+"
+]
 ComputeDtype = Literal["bfloat16", "float32"]
 Strategy = Literal["fsdp", "megatron"]
 

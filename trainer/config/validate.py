@@ -19,6 +19,7 @@ from trainer.config.errors import UserError, raise_problems
 from trainer.config.inputs import check_model_path, check_reward_function, find_data_files
 from trainer.config.mapping import count_devices, device_problems
 from trainer.config.megatron import megatron_problems
+from trainer.config.model import override_problems
 from trainer.config.notices import notices
 from trainer.config.roles import training_roles
 from trainer.config.rollout import rollout_problems
@@ -70,6 +71,7 @@ def _check_resume(cfg: Config) -> None:
 _KEY_CHECKS = (
     batch_problems,
     rollout_problems,
+    override_problems,
     device_problems,
     _megatron,
     estimator_problems,

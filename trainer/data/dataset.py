@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from trainer.config.schema import DataConfig
 
 
+VERLS_SOURCE = "data_source"
+"""The column that verl's data sets have; one of another name was asked for, and has to be there."""
+
+
 @dataclass(frozen=True, slots=True)
 class PromptDataset:
     """Prompts in the order of the files.
@@ -156,6 +160,8 @@ def _to_prompt(row: Row, number: int, tokens: TokenIds, index: int, data: DataCo
     extra_info = row.get("extra_info")
     if extra_info is not None and not isinstance(extra_info, dict):
         raise ValueError(f"{key}: extra_info of row {number} is {type(extra_info).__name__}; it must be a dictionary")
+    if data.reward_fn_key not in row and data.reward_fn_key != VERLS_SOURCE:
+        raise ValueError(_no_column(row, number, key, "data.reward_fn_key", data.reward_fn_key, "data source"))
     source = row.get(data.reward_fn_key)
     return Prompt(
         index=index,

@@ -64,6 +64,33 @@ class Budget:
         return max(1, groups * self.samples + max(0, (left - self.prompt) // self.response))
 
 
+def warmup_problems(cfg: Config, sizes: Sizes) -> tuple[list[str], list[str]]:
+    """(problems, warnings): warm-ups that a run of total_epochs does not outlast; of a given number of steps the checks
+    of the configuration tell it."""
+    if cfg.trainer.total_training_steps is not None:
+        return [], []
+    run = f"{sizes.total_steps} steps (trainer.total_epochs={cfg.trainer.total_epochs} over the training prompts)"
+    problems, warmup = [], cfg.trainer.critic_warmup
+    if warmup >= sizes.total_steps:
+        problems.append(
+            f"trainer.critic_warmup={warmup}: the run has {run}, so the policy would never be trained; set "
+            f"trainer.critic_warmup={sizes.total_steps // 10} or smaller, or more epochs"
+        )
+    warnings = [
+        f"{role.key}.optim.lr_warmup_steps={role.config.optim.lr_warmup_steps}: the run has {run} of {updates} "
+        f"updates, and {role.key}.optim.lr is never reached"
+        for role, updates in _updates(cfg, sizes)
+        if not isinstance(role.config, RefConfig) and role.config.optim.lr_warmup_steps >= sizes.total_steps * updates
+    ]
+    return problems, warnings
+
+
+def _updates(cfg: Config, sizes: Sizes) -> list[tuple[TrainingRole, int]]:
+    """The trained roles, and their updates in a step."""
+    each = {"actor": sizes.actor_updates_per_step, "critic": sizes.critic_updates_per_step}
+    return [(role, each[role.name]) for role in training_roles(cfg) if role.name in each]
+
+
 def budget_of(cfg: Config, role: TrainingRole) -> Budget:
     """Of a role's passes, forward and update alike."""
     config, data = role.config, cfg.data

@@ -11,11 +11,12 @@ from typing import Any
 from trainer._version import __version__
 from trainer.adaptation import Adaptation
 from trainer.assembly import annotates_actor
+from trainer.config.errors import UserError
 from trainer.config.keys import known_keys
 from trainer.config.roles import RoleName, training_roles
 from trainer.config.schema import Config
 from trainer.inputs import Inputs, read_config
-from trainer.plan.batches import batch_record
+from trainer.plan.batches import batch_record, warmup_problems
 from trainer.plan.devices import Devices
 from trainer.plan.layout import layout_of
 from trainer.plan.memory import PhaseMemory
@@ -70,10 +71,19 @@ class Plan:
         }
 
     def write(self, run_dir: Path) -> Path:
-        """Writes plan.json into a run directory, which is made if it is not there."""
-        run_dir.mkdir(parents=True, exist_ok=True)
+        """Writes plan.json into a run directory, which is made if it is not there.
+
+        Raises UserError if that cannot be: nothing of the run could be written.
+        """
         path = run_dir / PLAN
-        write_atomically(path, json.dumps(self.record(), indent=2, allow_nan=False) + "\n")
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(self.record(), indent=2, allow_nan=False) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"trainer.default_local_dir={run_dir}: cannot be written to ({error.strerror}); name a directory of "
+                "yours with room in it"
+            ) from error
         return path
 
 
@@ -104,8 +114,14 @@ def make_plan(
         cache=_cache_record(cfg, memory, per_token, on_cpu=devices.kind == "cpu"),
         vllm={"version": adaptation.version, "choices": {what: value for what, value, _ in adaptation.choices}},
         notices=tuple(notices),
-        verdict=judge(cfg, memory, total, longest_cache(cfg, per_token)),
+        verdict=_verdict(cfg, sizes, judge(cfg, memory, total, longest_cache(cfg, per_token))),
     )
+
+
+def _verdict(cfg: Config, sizes: Sizes, of_memory: Verdict) -> Verdict:
+    """Of memory, and of what the number of steps shows."""
+    problems, warnings = warmup_problems(cfg, sizes)
+    return Verdict((*problems, *of_memory.problems), (*warnings, *of_memory.warnings))
 
 
 def annotating_roles(cfg: Config, sizes: Sizes) -> tuple[RoleName, ...]:

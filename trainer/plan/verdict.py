@@ -6,7 +6,8 @@ may be as long as it is allowed to be. What depends on them is refused only wher
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from trainer.config.schema import Config
@@ -18,6 +19,7 @@ from trainer.tracking.text import size
 
 _ROLLOUT = "actor_rollout_ref.rollout"
 _CALLS = {"start": "start", "generate": "generate", "annotate": "forward", "update": "update", "sync": "load_bucket"}
+_RECOMPUTES = "enable_gradient_checkpointing=true"
 _TOLERANCE = 1.15
 """A prediction that lengths decide is off by up to this."""
 _NEAR = 0.95
@@ -42,7 +44,7 @@ def judge(cfg: Config, memory: Sequence[DeviceMemory], total: int | None, longes
         if devices.replica is not None:
             _judge_cache(cfg, devices.replica, total, longest_cache_bytes, problems, warnings)
         for phase, found in devices.phases.items():
-            if phase == "asleep":
+            if phase == "asleep" or (phase == "sync" and _is_told(devices, problems, warnings)):
                 continue
             if found.firm > total or found.floor > _TOLERANCE * total:
                 problems[_told(cfg, devices, phase, found, total, "needs")] = None
@@ -67,15 +69,31 @@ def _judge_cache(
     else:
         share = f"{_ROLLOUT}.gpu_memory_utilization={rollout.gpu_memory_utilization}"
         room = int(rollout.gpu_memory_utilization * total) - replica.weights
+    more = _raised(cfg, replica, total, longest)
     wanted = f"the KV cache of one sequence of {length} tokens takes {size(longest)}"
     if room < longest:
         left = f"{size(max(0, room))} of {size(total)} are left for it beside weights of {size(replica.weights)}"
         problems[
-            f"{share}: {wanted}, and {left}; raise it, lower data.max_response_length ({_ROLLOUT}.max_model_len), or "
+            f"{share}: {wanted}, and {left}; {more}, lower data.max_response_length ({_ROLLOUT}.max_model_len), or "
             f"raise {_ROLLOUT}.tensor_model_parallel_size (now {rollout.tensor_model_parallel_size})"
         ] = None
     elif replica.kv_cache < longest:
-        warnings[f"{share}: {wanted}, and about {size(replica.kv_cache)} will be left; raise it"] = None
+        warnings[f"{share}: {wanted}, and about {size(replica.kv_cache)} will be left; {more}"] = None
+
+
+def _raised(cfg: Config, replica: ReplicaTerms, total: int, longest: int) -> str:
+    """What to raise the cache to."""
+    if cfg.actor_rollout_ref.rollout.kv_cache_gb is not None:
+        return f"raise it to {math.ceil(longest / (1 << 30) * 100) / 100:g} or more"
+    needed = replica.weights + replica.activations + replica.context + longest
+    share = math.ceil(needed / total * 20) / 20
+    return f"raise it to {share:g} or more" if share < 1 else "take a larger GPU"
+
+
+def _is_told(devices: DeviceMemory, problems: Mapping[str, None], warnings: Mapping[str, None]) -> bool:
+    """A replica that is too large to generate is so while it gets weights, and what helps is told there."""
+    where = f"({spans(devices.devices)})"
+    return any(": generate" in text and where in text for text in (*problems, *warnings))
 
 
 def _told(cfg: Config, devices: DeviceMemory, phase: str, found: PhaseMemory, total: int, needs: str) -> str:
@@ -85,6 +103,7 @@ def _told(cfg: Config, devices: DeviceMemory, phase: str, found: PhaseMemory, to
     key = "critic.model.path" if is_critic else "actor_rollout_ref.model.path"
     path = cfg.critic.model.path if is_critic else cfg.actor_rollout_ref.model.path
     keys = list(dict.fromkeys(remedies(cfg, _CALLS[phase], found.role or "actor", device="cuda")))
+    keys = [each for each in keys if not (_RECOMPUTES in each and each.endswith("(now auto)"))]  # it is counted already
     help_ = f"; {', or '.join(keys)}" if keys else ""
     return (
         f"{key}={path}: {phase}{whose} {needs} {size(found.floor)} of a GPU's {size(total)} "

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging
 
 from workers.batch import MicroBatch
-from workers.engines import attention
+from workers.engines import attention, rope
 from workers.engines.attention import PackedLayout, gather_rows
 from workers.engines.base import EngineSpec, Output
 from workers.engines.logprobs import sum_pi_squared, token_logprobs
@@ -58,10 +58,16 @@ class ValueModel(nn.Module):
         return values.to(torch.float32, copy=True), None  # FSDP warns of views
 
 
+def config_overrides(path: str, *, trust_remote_code: bool, override_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields to change in a checkpoint's config, told in full. Raises OSError or ValueError if there is none."""
+    config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    return rope.completed(config, override_config)
+
+
 def hf_config(path: str, *, trust_remote_code: bool, override_config: Mapping[str, Any]) -> PreTrainedConfig:
     """A checkpoint's Hugging Face config with some fields changed. Raises OSError or ValueError if there is none."""
     config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    for name, value in override_config.items():
+    for name, value in rope.completed(config, override_config).items():
         setattr(config, name, value)
     return config
 

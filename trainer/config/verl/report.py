@@ -35,11 +35,11 @@ class Report:
         for why, changes in self.renamed.items():
             remark = f" ({why})" if why else ""
             lines.append(f"translated from verl: {', '.join(changes)}{remark}")
-        lines += [f"without effect, {why}: {', '.join(_folded(keys))}" for why, keys in self.ignored.items()]
+        lines += [f"without effect, {why}: {', '.join(folded(keys))}" for why, keys in self.ignored.items()]
         return lines
 
 
-def _folded(keys: list[str]) -> list[str]:
+def folded(keys: list[str]) -> list[str]:
     """Keys of one section as `section.{a, b}`."""
     shown = keys if len(keys) <= 20 else keys[:MOST]
     sections: dict[str, list[str]] = {}

@@ -10,6 +10,7 @@ parameters of their own, numbered through the whole layer; a rank has some of a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -248,11 +249,16 @@ def _unsupported(hf: Any) -> Iterator[str]:
 def _indivisible(hf: Any, parallel: ParallelSpec) -> Iterator[str]:
     """The vocabulary is filled up to what divides, but each device needs a token of it."""
     tensor = "tensor_model_parallel_size"
-    for name in ("num_attention_heads", "num_key_value_heads", *_widths(hf)):
-        if (value := getattr(hf, name)) % parallel.tensor:
-            yield f"{tensor}={parallel.tensor} does not divide the model's {name}={value}"
+    cut = {name: int(getattr(hf, name)) for name in ("num_attention_heads", "num_key_value_heads", *_widths(hf))}
+    fits = math.gcd(parallel.tensor, *cut.values())
+    for name, value in cut.items():
+        if value % parallel.tensor:
+            yield f"{tensor}={parallel.tensor} does not divide the model's {name}={value}: set it to {fits}"
     if -(-hf.vocab_size // parallel.tensor) * (parallel.tensor - 1) >= hf.vocab_size:
-        yield f"{tensor}={parallel.tensor}: the last device would get nothing of the model's vocab_size={hf.vocab_size}"
+        yield (
+            f"{tensor}={parallel.tensor}: the last device would get nothing of the model's vocab_size={hf.vocab_size}: "
+            "set it to 1, or use another model"
+        )
     virtual = parallel.virtual_pipeline
     if virtual is not None and (virtual < 2 or parallel.pipeline < 2):
         yield (
@@ -263,7 +269,8 @@ def _indivisible(hf: Any, parallel: ParallelSpec) -> Iterator[str]:
     if hf.num_hidden_layers % chunks:
         yield (
             f"pipeline_model_parallel_size={parallel.pipeline} times virtual_pipeline_model_parallel_size="
-            f"{virtual or 1} does not divide the model's num_hidden_layers={hf.num_hidden_layers}"
+            f"{virtual or 1} does not divide the model's num_hidden_layers={hf.num_hidden_layers}: set the first to "
+            f"{math.gcd(parallel.pipeline, hf.num_hidden_layers)}{' and the other to null' if virtual else ''}"
         )
 
 
@@ -285,7 +292,8 @@ def _experts_problems(hf: Any, parallel: ParallelSpec) -> Iterator[str]:
     if experts.per_token == 1 and experts.shares_add_up:
         yield f"strategy=megatron does not support {hf.model_type} with num_experts_per_tok=1: use another model"
     if experts.number % parallel.expert:
-        yield f"{key} does not divide the model's {_MIXTURES[hf.model_type].num_experts}={experts.number}"
+        number = f"{_MIXTURES[hf.model_type].num_experts}={experts.number}"
+        yield f"{key} does not divide the model's {number}: set it to {math.gcd(parallel.expert, experts.number)}"
     if parallel.expert > 1 and parallel.tensor > 1:
         yield (
             f"{key}: {hf.model_type}'s experts are divided among devices or cut over tensor_model_parallel_size="

@@ -76,11 +76,15 @@ _CANNOT_WORK: dict[str, str] = {
         ),
         _ONE_ENGINE,
     ),
+    "override_generation_config": (
+        f"requests say how to sample, and no default is used; set {ROLLOUT}.temperature, top_p and top_k (other ways "
+        "of sampling would need the trainer to compute the same probabilities)"
+    ),
     **dict.fromkeys(("runner", "convert", "task"), _GENERATES),
     **dict.fromkeys(("enable_lora", "max_loras", "max_lora_rank", "default_mm_loras"), _LORA),
     **dict.fromkeys(("quantization", "quantization_config"), _QUANTIZED),
 }
-_NEUTRAL = (None, False, 1, "auto", "generate", "none")
+_NEUTRAL: tuple[object, ...] = (None, False, 1, "auto", "generate", "none", {})
 """Values that change nothing: an argument of `_CANNOT_WORK` may be given with one of them."""
 
 _GRAPHS = ("cudagraph_capture_sizes", "cuda_graph_sizes", "max_cudagraph_capture_size", "max_seq_len_to_capture")
