@@ -114,28 +114,30 @@ def test_fsdp_shards_everything_but_gradients_that_add_up(hf: Qwen2Config, total
     cfg = config(
         W1, f"trainer.n_gpus_per_node={ranks}", "data.train_batch_size=512", f"{ACTOR}.ppo_mini_batch_size=512"
     )
-    terms = engine_terms(cfg, rank(cfg), language(hf))
+    terms = engine_terms(cfg, rank(cfg), language(hf), None)
     assert terms.weights == 4 * total / ranks and terms.optimizer == 8 * total / ranks
     assert terms.gradients == GRADIENTS * total, "over several micro-batches they are kept whole"
+    tight, roomy = (engine_terms(cfg, rank(cfg), language(hf), 4 * total * each).gradients for each in (9, 10))
+    assert (tight, roomy) == (GRADIENTS * total / ranks, GRADIENTS * total), "up to a tenth of the device"
     one = config(W1, f"trainer.n_gpus_per_node={ranks}", f"{ACTOR}.ppo_max_token_len_per_gpu=10000000")
-    assert engine_terms(one, rank(one), language(hf)).gradients == GRADIENTS * total / ranks
-    reference = engine_terms(cfg, rank(cfg, "ref"), language(hf))
+    assert engine_terms(one, rank(one), language(hf), None).gradients == GRADIENTS * total / ranks
+    reference = engine_terms(cfg, rank(cfg, "ref"), language(hf), None)
     assert reference.weights == 2 * total / ranks and reference.optimizer == reference.gradients == 0
     half = config(W1, f"{ACTOR}.fsdp_config.model_dtype=bf16")
-    assert engine_terms(half, rank(half), language(hf)).weights == 2 * total
+    assert engine_terms(half, rank(half), language(hf), None).weights == 2 * total
 
 
 def test_megatron_holds_its_part_and_divides_the_optimizer() -> None:
     cut = [MEGATRON, f"{ACTOR}.megatron.tensor_model_parallel_size=2", "trainer.n_gpus_per_node=8"]
     cfg = config(W1_7B, *cut)
     layout = language(QWEN_7B)
-    terms, part = engine_terms(cfg, rank(cfg), layout), sum(layout.held(tensor=2))
+    terms, part = engine_terms(cfg, rank(cfg), layout, None), sum(layout.held(tensor=2))
     assert terms.weights == 2 * part and terms.gradients == 4 * part
     assert terms.optimizer == 12 * part / 4, "bfloat16 weights, float32 masters and moments, over dp 4"
     same = config(W1_7B, *cut, f"{ACTOR}.megatron.dtype=float32")
-    assert engine_terms(same, rank(same), layout).optimizer == 8 * part / 4, "the weights are the masters"
+    assert engine_terms(same, rank(same), layout, None).optimizer == 8 * part / 4, "the weights are the masters"
     staged = config(W1_7B, *cut, f"{ACTOR}.megatron.pipeline_model_parallel_size=2")
-    first, last = (engine_terms(staged, rank(staged, number=n), layout) for n in (0, 7))
+    first, last = (engine_terms(staged, rank(staged, number=n), layout, None) for n in (0, 7))
     assert first.num_layers == last.num_layers == 14
     assert first.forward.logits == 0 < last.forward.logits
     assert first.update is not None and first.update.in_flight == 2 * first.update.tokens

@@ -73,7 +73,7 @@ def device_uses(
     for device in devices:
         here = [place for place in places if place.device == device]
         uses[device] = DeviceUse(
-            tenants=tuple(_tenant(cfg, models, place) for place in here),
+            tenants=tuple(_tenant(cfg, models, place, total) for place in here),
             annotates=annotates,
             replica=replica if any(device in each for each in generating) else None,
             sleeps=device in asleep,
@@ -89,10 +89,10 @@ def _sleeps(cfg: Config, devices: tuple[int, ...]) -> bool:
     return rollout.sleep_level != 0 and frees_cache(rollout, shared=is_shared(cfg, devices))
 
 
-def _tenant(cfg: Config, models: Models, place: RankPlace) -> Tenant:
+def _tenant(cfg: Config, models: Models, place: RankPlace, total: int | None) -> Tenant:
     name = place.role.name
     layout = models.of(name)
-    return Tenant(name, engine_terms(cfg, place, layout), offloads(place.role))
+    return Tenant(name, engine_terms(cfg, place, layout, total), offloads(place.role))
 
 
 def _sync_buffers(cfg: Config, layout: Layout, places: list[RankPlace], generating: tuple[tuple[int, ...], ...]) -> int:

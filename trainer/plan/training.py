@@ -2,8 +2,9 @@
 
 FSDP shards weights, optimizer state and summed gradients over its ranks; a pass gathers parameters in the compute
 dtype, outside the layers for the whole pass and inside them a layer at a time, or all where they fit. Gradients of
-several micro-batches add up unsharded in float32. Megatron holds its part in the compute dtype, a float32 gradient
-buffer inside an update, and divides master weights and moments over data-parallel ranks.
+several micro-batches add up in float32, unsharded where that takes little of the device. Megatron holds its part in the
+compute dtype, a float32 gradient buffer inside an update, and divides master weights and moments over data-parallel
+ranks.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from trainer.plan.places import RankPlace
 from workers.engines.base import ShardSpec
 from workers.engines.logprobs import CHUNK_BYTES
 from workers.engines.recompute import LayerBytes
+from workers.engines.reduction import gradient_bytes
 from workers.settings import Auto
 
 _CHUNK = CHUNK_BYTES["cuda"]
@@ -63,9 +65,9 @@ class EngineTerms:
     update: Pass | None
 
 
-def engine_terms(cfg: Config, place: RankPlace, layout: Layout) -> EngineTerms:
-    """Of the role's rank at that place."""
-    return (_megatron if place.role.megatron else _fsdp)(cfg, place, layout)
+def engine_terms(cfg: Config, place: RankPlace, layout: Layout, device_bytes: int | None) -> EngineTerms:
+    """Of the role's rank at that place. device_bytes: of its device; None: not known, or a CPU."""
+    return _megatron(cfg, place, layout) if place.role.megatron else _fsdp(cfg, place, layout, device_bytes)
 
 
 def activation_bytes(layout: Layout, itemsize: int, *, tensor: int = 1, sequence: bool = False) -> LayerBytes:
@@ -88,7 +90,7 @@ def activation_bytes(layout: Layout, itemsize: int, *, tensor: int = 1, sequence
     return LayerBytes(whole, itemsize * layout.hidden / cut)
 
 
-def _fsdp(cfg: Config, place: RankPlace, layout: Layout) -> EngineTerms:
+def _fsdp(cfg: Config, place: RankPlace, layout: Layout, device_bytes: int | None) -> EngineTerms:
     sharding, ranks = shard_spec(place.role), place.num_ranks
     itemsize, master = _itemsize(sharding.dtype), _itemsize(sharding.master_dtype)
     shard = -(-layout.total // ranks)
@@ -96,11 +98,10 @@ def _fsdp(cfg: Config, place: RankPlace, layout: Layout) -> EngineTerms:
     reserved = outside + (3 * _CHUNK + 6 * layout.output if layout.has_logits else 0)
     forward = forward_micro(cfg, place.role, place.data_size)
     update = update_micro(cfg, place.role, place.data_size) if trains else None
-    adds_up = update is not None and update.number > 1
     return EngineTerms(
         weights=shard * master,
         optimizer=2 * shard * master if trains else 0,
-        gradients=4 * (layout.total if adds_up else shard) if trains else 0,
+        gradients=gradient_bytes(layout.total, ranks, update.number, device_bytes) if update else 0,
         gathered=outside + 2 * layout.largest_layer * itemsize,
         gathered_all=layout.total * itemsize,
         keep_gathered=None if sharding.reshard_after_forward == "auto" else not sharding.reshard_after_forward,

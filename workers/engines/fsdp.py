@@ -27,8 +27,8 @@ from workers.engines.flash import use_installed
 from workers.engines.logprobs import CHUNK_BYTES
 from workers.engines.models import LogprobModel, ValueModel, compile_layers, decoder_layers, load_model
 from workers.engines.optimizer import begin_state, learning_rate, make_optimizer, moments
-from workers.engines.recompute import Recompute, estimate, free_bytes, largest
-from workers.engines.reduction import reduce_metrics, spread
+from workers.engines.recompute import Recompute, estimate, free_bytes, largest, total_bytes
+from workers.engines.reduction import adds_up_whole, gradient_bytes, reduce_metrics, spread
 from workers.engines.residency import Part, local_of
 from workers.normalizers import Normalizers
 from workers.sync.buckets import Shard
@@ -47,7 +47,9 @@ class FSDPEngine:
     ) -> None:
         self._spec = spec
         self._device = device
+        self._device_bytes = total_bytes(device)
         self._group = mesh.get_group()
+        self._num_ranks = dist.get_world_size(self._group)
         model = model or load(spec)
         if device.type == "cuda":
             use_installed()
@@ -63,7 +65,6 @@ class FSDPEngine:
         self._stays_gathered = False
         weights = [local_of(p) for p in self._module.parameters()]
         self._shard_bytes = sum(w.nbytes for w in weights)
-        self._shard_elements = sum(w.numel() for w in weights)
         self._num_elements = sum(p.numel() for p in self._module.parameters())
         in_layers = sum(p.numel() for layer in decoder_layers(self._module) for p in layer.parameters())
         self._num_root_elements = self._num_elements - in_layers
@@ -95,7 +96,7 @@ class FSDPEngine:
         self._fit(max(tokens), len(tokens), begun=False)
         for number, rows in enumerate(update.micro_batches):
             is_last = number == len(update.micro_batches) - 1
-            self._module.set_requires_gradient_sync(is_last)
+            self._module.set_requires_gradient_sync(is_last or not self._adds_up_whole)
             self._module.set_reshard_after_backward(is_last or not self._stays_gathered)
             micro = self._pack(batch, rows, update.norm)
             with self._measured(len(micro.input_ids), max(tokens), len(tokens)):
@@ -215,8 +216,11 @@ class FSDPEngine:
         self._fit(most_tokens, num_micro_batches, begun=True)
 
     def _gradient_bytes(self, num_micro_batches: int) -> int:
-        """Float32; of the whole parameters while micro-batches add up, of this rank's rows at the end."""
-        return 4 * (self._num_elements if num_micro_batches > 1 else self._shard_elements)
+        return gradient_bytes(self._num_elements, self._num_ranks, num_micro_batches, self._device_bytes)
+
+    @property
+    def _adds_up_whole(self) -> bool:
+        return adds_up_whole(self._num_elements, self._num_ranks, self._device_bytes)
 
     def _missing_state_bytes(self) -> int:
         """Of the optimizer's state that the first step makes."""

@@ -60,6 +60,11 @@ def free_bytes(device: torch.device) -> int | None:
     return int(free + unused - MARGIN * total)
 
 
+def total_bytes(device: torch.device) -> int | None:
+    """Memory of a GPU, used or not; None for a CPU."""
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
+
+
 class Recompute:
     """Which layers of one model recompute their activations: the first so many.
 

@@ -1,10 +1,32 @@
-"""Loss and metrics of one optimizer step, over micro-batches and ranks; the same for every engine."""
+"""Loss, gradients and metrics of one optimizer step, over micro-batches and ranks."""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+WHOLE_GRADIENTS_SHARE = 0.1
+"""Of a device: what gradients that are not divided over its ranks may take of it."""
+_GRADIENT = 4
+"""Bytes of an element: float32."""
+
+
+def adds_up_whole(num_elements: int, num_ranks: int, device_bytes: int | None) -> bool:
+    """Whether gradients of several micro-batches add up on each rank, to be divided over the ranks once, at the end.
+
+    That sends them once instead of once a micro-batch; where they are large, their memory is worth more: layers would
+    be recomputed for it. It hangs on sizes alone, not on what is free, so that a run can be repeated bit by bit.
+
+    num_elements: of the whole model. device_bytes: of one device; None: a CPU's, which is not planned.
+    """
+    return num_ranks == 1 or device_bytes is None or _GRADIENT * num_elements <= WHOLE_GRADIENTS_SHARE * device_bytes
+
+
+def gradient_bytes(num_elements: int, num_ranks: int, num_micro_batches: int, device_bytes: int | None) -> int:
+    """What one rank holds of them within an update, at most, where parameters are divided over the ranks."""
+    is_whole = num_micro_batches > 1 and adds_up_whole(num_elements, num_ranks, device_bytes)
+    return _GRADIENT * (num_elements if is_whole else -(-num_elements // num_ranks))
 
 
 def reduce_metrics(metrics: list[dict[str, Tensor]], group: dist.ProcessGroup) -> dict[str, float]:
