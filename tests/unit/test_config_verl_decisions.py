@@ -232,3 +232,13 @@ algorithm: {filter_groups: {_target_: verl.Any, enable: true, metric: seq_reward
     assert cfg.algorithm.filter_groups.metric is None
     assert cfg.actor_rollout_ref.actor.strategy == "fsdp"
     assert "without effect, names a class of verl's" in capsys.readouterr().err
+
+
+def test_one_key_under_two_names() -> None:
+    """The last one counts, as with one name; that is told unless they agree."""
+    ours, verls = "critic.fsdp.param_offload", "critic.model.fsdp_config.param_offload"
+    prepared, notices = prepare_overrides([f"{verls}=True", f"{ours}=false"])
+    assert prepared[-1] == f"{ours}=false"
+    assert f"{verls}=True: without effect, {ours}=false sets the same key ({ours}) and comes later" in notices
+    for same in ([f"{verls}=True", f"{ours}=True"], [f"{ours}=true", f"{ours}=false"]):
+        assert not any("same key" in notice for notice in prepare_overrides(same)[1])

@@ -36,6 +36,8 @@ def prepare_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     report, known = Report(), known_keys()
     prepared: list[str] = []
     problems: list[str] = []
+    spelled: dict[str, tuple[str, str]] = {}
+    overtaken: list[str] = []
     for override in overrides:
         for single in _singles(_quote(override)):
             if _readable(single) and waits(override_key(single), _value(single)):
@@ -43,9 +45,19 @@ def prepare_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
                 continue
             translated = _translate(single, report)
             problems += [problem for text in translated for problem in _problems(text, known)]
+            overtaken += [notice for text in translated for notice in _overtaken(single, text, spelled)]
             prepared += [_without_plus(text, known) for text in translated]
     raise_problems([*problems, *report.problems])
-    return prepared, report.notices()
+    return prepared, [*report.notices(), *overtaken]
+
+
+def _overtaken(override: str, text: str, spelled: dict[str, tuple[str, str]]) -> Iterator[str]:
+    """A notice where `text`, which `override` came to, sets a key that an earlier one set to something else under
+    another name. spelled: of each key, the override that set it last and what it came to; brought up to date."""
+    earlier, before = spelled.get(override_key(text), (override, text))
+    if override_key(earlier) != override_key(override) and before != text:
+        yield f"{earlier}: without effect, {override} sets the same key ({override_key(text)}) and comes later"
+    spelled[override_key(text)] = (override, text)
 
 
 def check_override_keys(overrides: Sequence[str], known: KnownKeys) -> None:
