@@ -179,9 +179,14 @@ def local_ray() -> Iterator[None]:
 
 
 class Bench:
-    """A pool of fakes. scripts: of each rank, one for each life; a life without one goes well."""
+    """A pool of fakes. scripts: of each rank, one for each life; a life without one goes well.
 
-    def __init__(self, *scripts: list[Script], step_s: float = 0.05, copies: int = 1, most: int = 3) -> None:
+    hang_s: after which one hangs; far above what a busy machine needs, where hanging is not the matter.
+    """
+
+    def __init__(
+        self, *scripts: list[Script], step_s: float = 0.05, copies: int = 1, most: int = 3, hang_s: float = 15
+    ) -> None:
         self.scripts = {rank: list(lives) for rank, lives in enumerate(scripts)}
         self.started: list[int] = []
         self.actors: list[ray.actor.ActorHandle] = []
@@ -191,7 +196,7 @@ class Bench:
             timeout_s=40,
             update_timeout_s=40,
             startup_timeout_s=40,
-            hang_timeout_s=2,
+            hang_timeout_s=hang_s,
             max_replacements=most,
             memory_share=SHARE,
         )
@@ -387,7 +392,7 @@ def test_a_replica_that_hangs_is_killed_and_replaced(
     bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
     """Stopped: nothing of it answers. Frozen: it answers, but makes no step."""
-    one = bench([], [{1: how}])
+    one = bench([], [{1: how}], hang_s=2)
     pid = ray.get(one.actors[1].status.remote()).pid
     begun = time.monotonic()
     assert_complete(one.generate(), 6)
@@ -400,14 +405,14 @@ def test_a_replica_that_hangs_is_killed_and_replaced(
 
 
 def test_a_paused_replica_does_not_hang(bench: Callable[..., Bench]) -> None:
-    one = bench([], [{1: "pause"}])
+    one = bench([], [{1: "pause"}], hang_s=2)
     assert_complete(one.generate(), 6)
     assert one.started == [0, 1]
     assert sum(r.replica == 1 for r in one.readings) >= 3, "one each second"
 
 
 def test_before_its_first_token_a_replica_may_take_its_time(bench: Callable[..., Bench]) -> None:
-    one = bench([], [], step_s=1.8)
+    one = bench([], [], step_s=1.8, hang_s=2)
     assert_complete(one.generate(1), 2)
     assert one.started == [0, 1]
 
@@ -453,7 +458,7 @@ def test_a_death_during_an_update_gives_all_the_weights_again(bench: Callable[..
 
 
 def test_a_stopped_replica_is_noticed_during_an_update(bench: Callable[..., Bench]) -> None:
-    one = bench([], [])
+    one = bench([], [], hang_s=2)
     one.generate()
     os.kill(ray.get(one.actors[1].status.remote()).pid, signal.SIGSTOP)
     begun = time.monotonic()
