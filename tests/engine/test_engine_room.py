@@ -48,7 +48,7 @@ def two_steps(mesh: DeviceMesh, spec: EngineSpec, free: Sequence[int] | None, to
         if free is not None:
             for module in (fsdp, recompute):
                 patch.setattr(module, "free_bytes", lambda device: free[mesh.get_rank()])
-        patch.setattr(fsdp, "total_bytes", lambda device: total)
+        patch.setattr(recompute, "total_bytes", lambda device: total << 40 * mesh.get_rank())
         engine = FSDPEngine(spec, mesh, CPU)
         engine._recompute.layer_bytes = LayerBytes(1000.0, 100.0)
         rows = list(range(len(TABLE)))[mesh.get_rank() :: mesh.size()]

@@ -27,7 +27,7 @@ from workers.engines.flash import use_installed
 from workers.engines.logprobs import CHUNK_BYTES
 from workers.engines.models import LogprobModel, ValueModel, compile_layers, decoder_layers, load_model
 from workers.engines.optimizer import begin_state, learning_rate, make_optimizer, moments
-from workers.engines.recompute import Recompute, estimate, free_bytes, largest, total_bytes
+from workers.engines.recompute import Recompute, estimate, free_bytes, largest, smallest_total
 from workers.engines.reduction import adds_up_whole, gradient_bytes, reduce_metrics, spread
 from workers.engines.residency import Part, local_of
 from workers.normalizers import Normalizers
@@ -47,8 +47,8 @@ class FSDPEngine:
     ) -> None:
         self._spec = spec
         self._device = device
-        self._device_bytes = total_bytes(device)
         self._group = mesh.get_group()
+        self._device_bytes = smallest_total(device, self._group)
         self._num_ranks = dist.get_world_size(self._group)
         model = model or load(spec)
         if device.type == "cuda":

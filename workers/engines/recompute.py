@@ -65,6 +65,12 @@ def total_bytes(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
 
 
+def smallest_total(device: torch.device, group: dist.ProcessGroup) -> int | None:
+    """The same of the smallest GPU among the ranks: what hangs on it has to be the same on all; collective."""
+    total = total_bytes(device)
+    return None if total is None else int(-largest([-float(total)], group)[0])
+
+
 class Recompute:
     """Which layers of one model recompute their activations: the first so many.
 
