@@ -27,13 +27,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
-    """Closes the worlds that this test was the last to need."""
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Closes the worlds that this test was the last to need; all of them after the last engine test of this process,
+    which in one of several streams may be any."""
     try:
         return (yield)
     finally:
+        is_last = nextitem is None or nextitem.path.parent != HERE
         for name, last in _last_users.items():
-            if last == item.nodeid and name in _open:
+            if (is_last or last == item.nodeid) and name in _open:
                 _open.pop(name).close()
 
 
