@@ -89,6 +89,11 @@ W1: Mapping[tuple[str, str], Sequence[Floor]] = {
 }
 
 
+def w1(result: Mapping[str, Any]) -> Sequence[Floor]:
+    """Those of a result's part and shape; none for a step on several GPUs."""
+    return W1.get((result["part"], result["shape"]), ()) if result.get("devices", 1) == 1 else ()
+
+
 def missed(result: Mapping[str, Any], floors: Sequence[Floor]) -> list[str]:
     """A line for each floor that the result misses: key, value, bound."""
     asked = [floor for floor in floors if not floor.min_steps or result["steps"] >= floor.min_steps]

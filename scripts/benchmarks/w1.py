@@ -68,7 +68,7 @@ def run(options: Namespace, console: Console) -> int:
         "machine": launch.machine(),
         **part.measure(shape, model, options, console),
     }
-    lacking = floors.missed(result, floors.W1.get((options.part, options.shape), ()))
+    lacking = floors.missed(result, floors.w1(result))
     launch.write(options.out, result | {"missed": lacking})
     console.print(part.table(result))
     for line in lacking:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+from trainer.plan.build import PLAN
 
 from . import launch
 from .measure import (
@@ -24,7 +27,7 @@ from .w1_model import write_weights
 from .w1_work import PEAK_FLOPS, Shape, overrides
 
 MFU_FORMULA = (
-    "FLOPs / seconds / 989e12; FLOPs of the reference: one forward pass, of the update: 3; forward: 2 per weight and "
+    "FLOPs / seconds / 989e12 / GPUs of the role; FLOPs of the reference: one forward pass, of the update: 3; forward: 2 per weight and "
     "token, causal attention, a group's prompt once, logits of responses only; recomputation not counted"
 )
 
@@ -39,7 +42,7 @@ def measure(shape: Shape, model: Path, options: Namespace, console: Console) -> 
 def read(finished: launch.Finished, shape: Shape) -> Result:
     """What the run directory tells. Steps without the first, but for memory, which is of all.
 
-    memory_growth_bytes: what the last step held more than the second; memory_growth_share: of the phase's peak, where
+    devices: of the run, whatever they do. memory_growth_bytes: what the last step held more than the second; memory_growth_share: of the phase's peak, where
     that is most.
     """
     history, summary = finished.history, finished.summary
@@ -49,7 +52,10 @@ def read(finished: launch.Finished, shape: Shape) -> Result:
     step = float(np.median(np.sum(list(phases.values()), axis=0)))
     memory = phase_memory(history)
     update, reference = shape.update_flops / median["update"], shape.forward_flops / median["annotate"]
+    plan = json.loads((finished.run_dir / PLAN).read_text())
+    ranks = {each["role"]: len(each["devices"]) for each in plan["roles"]}
     return {
+        "devices": plan["devices"]["number"],
         "steps": 1 + len(phases["update"]),
         "seconds_per_step": step,
         "phases": {
@@ -58,8 +64,8 @@ def read(finished: launch.Finished, shape: Shape) -> Result:
         },
         "tokens_per_second": shape.num_tokens / step,
         "mfu_formula": MFU_FORMULA,
-        "mfu_update": update / PEAK_FLOPS,
-        "mfu_reference": reference / PEAK_FLOPS,
+        "mfu_update": update / PEAK_FLOPS / ranks["actor"],
+        "mfu_reference": reference / PEAK_FLOPS / ranks["ref"],
         "tflops_per_second_update": update / 1e12,
         "tflops_per_second_reference": reference / 1e12,
         "seconds_to_first_step": summary["seconds_to_first_step"],

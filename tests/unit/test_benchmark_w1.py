@@ -114,8 +114,10 @@ def test_weights_are_written_once(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["weights.done"]
 
 
-def finished(directory: Path, steps: list[dict[str, float]]) -> launch.Finished:
+def finished(directory: Path, steps: list[dict[str, float]], *, devices: int = 1) -> launch.Finished:
     """A run that wrote these lines."""
+    roles = [{"role": role, "devices": list(range(devices))} for role in ("actor", "ref", "rollout")]
+    (directory / "plan.json").write_text(json.dumps({"devices": {"number": devices}, "roles": roles}))
     (directory / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in steps))
     (directory / "summary.json").write_text(json.dumps(SUMMARY))
     return launch.Finished("python -m trainer.main", directory, read_history(directory), read_summary(directory), 0.1)
@@ -169,6 +171,15 @@ def test_w1_writes_shows_and_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert call(w1.COMMAND, "--out", str(out), "--set", "a=b", "--check")[0] == 0
     result = json.loads(out.read_text())
     assert result["part"] == "step" and result["versions"]["torch"] and result["command"] and result["missed"] == []
+
+
+def test_two_devices_have_twice_the_peak_and_no_floors(tmp_path: Path) -> None:
+    shape, steps = SHAPES["tiny"], steps_with_memory(update=[90, 80, 85, 82])
+    result = w1_step.read(finished(tmp_path, steps, devices=2), shape)
+    assert result["mfu_update"] == pytest.approx(3 * shape.forward_flops / 0.88 / 989e12 / 2)
+    of = {"part": "step", "shape": "1.5b"}
+    assert floors.w1(of | result) == () and floors.w1(of | result | {"devices": 1}) == floors.W1["step", "1.5b"]
+    assert floors.w1({"part": "sync", "shape": "7b"}) == floors.W1["sync", "7b"]
 
 
 @pytest.mark.parametrize(("part", "key"), [("step", "phases.update.median"), ("sync", "seconds")])
