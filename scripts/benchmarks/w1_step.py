@@ -27,8 +27,9 @@ from .w1_model import write_weights
 from .w1_work import PEAK_FLOPS, Shape, overrides
 
 MFU_FORMULA = (
-    "FLOPs / seconds / 989e12 / GPUs of the role; FLOPs of the reference: one forward pass, of the update: 3; forward: 2 per weight and "
-    "token, causal attention, a group's prompt once, logits of responses only; recomputation not counted"
+    "FLOPs / seconds / 989e12 / GPUs of the role; FLOPs of the reference: one forward pass, of the update: 3; forward: "
+    "2 per weight and token, causal attention, a group's prompt once, logits of responses only; recomputation not "
+    "counted"
 )
 
 
@@ -42,8 +43,8 @@ def measure(shape: Shape, model: Path, options: Namespace, console: Console) -> 
 def read(finished: launch.Finished, shape: Shape) -> Result:
     """What the run directory tells. Steps without the first, but for memory, which is of all.
 
-    devices: of the run, whatever they do. memory_growth_bytes: what the last step held more than the second; memory_growth_share: of the phase's peak, where
-    that is most.
+    devices: of the run, whatever they do. memory_growth_bytes: what the last step held more than the second;
+    memory_growth_share: of the phase's peak, where that is most.
     """
     history, summary = finished.history, finished.summary
     phases = phase_seconds(history, summary)
