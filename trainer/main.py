@@ -26,6 +26,7 @@ from typing import NoReturn
 import hydra
 from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
+from rich.console import Console
 
 from trainer.config.errors import UserError, complain, user_errors
 from trainer.config.help import help_text
@@ -159,7 +160,10 @@ def _compose(argv: list[str], notices: list[str]) -> Composed | None:
             name = arguments.config_name or DEFAULT_CONFIG_NAME
             raise compose_error(error, name, *_config_dirs(arguments)) from error
     if arguments.help and composed:
-        print(help_text(composed[0], words, width=get_terminal_size().columns))
+        size = get_terminal_size(fallback=(120, 24))
+        Console().out(
+            help_text(composed[0], words, width=size.columns), highlight=False
+        )  # quiet when `head` has enough
         return None
     return Composed(composed[0], overrides, roll) if composed else None
 

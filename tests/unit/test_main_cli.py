@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import types
@@ -11,18 +12,19 @@ import pytest
 
 from trainer import main as cli
 from trainer.config.keys import known_keys
+from trainer.config.load import RECIPE_DIR
 from trainer.config.schema import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ["data.train_files=train.jsonl", "actor_rollout_ref.model.path=org/model"]
 
 
-def command(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def command(directory: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command line in an empty directory, which must stay empty."""
     result = subprocess.run(
         [sys.executable, "-m", "trainer.main", *arguments],
         cwd=directory,
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"},
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"} | environment,
         capture_output=True,
         text=True,
         timeout=60,
@@ -69,6 +71,24 @@ def test_help_explains_every_key(tmp_path: Path) -> None:
     assert any("quickstart" in line for line in lines[:6]), "the recipes"
     values = [line for line in lines if line.startswith("  ") and ": " in line[:60]]
     assert len(values) >= len(known_keys().leaves)
+
+
+def test_help_may_be_read_in_part(tmp_path: Path) -> None:
+    """As `| head -1` does."""
+    read, write = os.pipe()
+    os.close(read)
+    script = [sys.executable, "-m", "trainer.main", "--help"]
+    with os.fdopen(write, "wb") as closed:
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        result = subprocess.run(script, cwd=tmp_path, env=env, stdout=closed, stderr=subprocess.PIPE, timeout=60)
+    assert result.stderr == b""
+
+
+def test_names_stay_whole_in_a_narrow_terminal(tmp_path: Path) -> None:
+    lines = command(tmp_path, "--help", COLUMNS="80").stdout.splitlines()
+    head = lines[: lines.index("") + 14]
+    assert all(len(line) <= 80 for line in head)
+    assert all(any(path.stem in line for line in head) for path in RECIPE_DIR.glob("*.yaml"))
 
 
 def test_help_for_some_keys_with_the_values_of_this_command(tmp_path: Path) -> None:

@@ -15,17 +15,17 @@ from trainer.config.load import RECIPE_DIR
 _COLUMN = 44
 """Where the explanations begin."""
 
-_HEAD = """\
-python -m trainer.main [--config-name NAME] [key=value ...]
-
---config-name NAME         start from a recipe: {recipes}
-                           (with --config-dir DIR: of your own, in DIR)
---help [WORD ...]          all of this, or only the keys that have such a word in their names
---cfg job [--resolve]      print what this command line resolves to, as YAML, and exit
-trainer.dry_run=true       print what would run where, and exit
-
-Below a line `section:` stand its keys, to be given as section.key=value, each with its value and what it does.
-"""
+_USAGE = "python -m trainer.main [--config-name NAME] [key=value ...]"
+_OPTIONS = {
+    "--config-name NAME": "start from a recipe: {recipes} (with --config-dir DIR: of your own, in DIR)",
+    "--help [WORD ...]": "all of this, or only the keys that have such a word in their names",
+    "--cfg job [--resolve]": "print what this command line resolves to, as YAML, and exit",
+    "trainer.dry_run=true": "print what would run where, and exit",
+}
+_OPTIONS_COLUMN = 27
+_KEYS = (
+    "Below a line `section:` stand its keys, to be given as section.key=value, each with its value and what it does."
+)
 
 
 def help_text(tree: DictConfig, words: Sequence[str] = (), *, width: int = 120) -> str:
@@ -39,9 +39,10 @@ def help_text(tree: DictConfig, words: Sequence[str] = (), *, width: int = 120) 
         raise UserError(f"--help {' '.join(words)}: no key has such a word in its name; there is {near}")
     values = OmegaConf.to_container(tree, resolve=False)
     recipes = ", ".join(sorted(path.stem for path in RECIPE_DIR.glob("*.yaml")))
-    head = _HEAD.format(recipes=textwrap.fill(recipes, width - 40, subsequent_indent=" " * 27))
+    options = [_line(left, right.format(recipes=recipes), width, _OPTIONS_COLUMN) for left, right in _OPTIONS.items()]
+    head = [_USAGE, "", *(line for lines in options for line in lines), "", *textwrap.wrap(_KEYS, width), ""]
     blocks = [_block(section, kept, values, width) for section, kept in sections if kept]
-    return "\n".join(blocks if words else [head, *blocks])
+    return "\n".join(blocks if words else [*head, *blocks])
 
 
 def _matching(section: SectionText, words: Sequence[str]) -> list[Entry]:
@@ -56,11 +57,12 @@ def _block(section: SectionText, kept: Sequence[Entry], values: object, width: i
     return "\n".join([*lines, ""])
 
 
-def _line(left: str, right: str, width: int) -> list[str]:
-    """`right` beside `left`, or below it where that is too long."""
-    wrapped = textwrap.wrap(right, max(30, width - _COLUMN)) or [""]
-    first = [left] if len(left) >= _COLUMN - 1 else [f"{left:<{_COLUMN}}{wrapped.pop(0)}".rstrip()]
-    return first + [" " * _COLUMN + line for line in wrapped]
+def _line(left: str, right: str, width: int, column: int = _COLUMN) -> list[str]:
+    """`right` beside `left`, or below it where that is too long; words stay whole."""
+    room = max(30, width - column)
+    wrapped = textwrap.wrap(right, room, break_long_words=False, break_on_hyphens=False) or [""]
+    first = [left] if len(left) >= column - 1 else [f"{left:<{column}}{wrapped.pop(0)}".rstrip()]
+    return first + [" " * column + line for line in wrapped]
 
 
 def _shown(entry: Entry, value: object) -> str:
