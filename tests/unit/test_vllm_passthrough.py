@@ -20,7 +20,7 @@ FILES = {
     "engine/arg_utils.py": """
 from typing import Any, Literal, Optional, TypeAlias
 import torch
-from vllm.config import CompilationConfig, LoadFormats, SpeculativeConfig, Backend
+from vllm.config import CacheConfig, CompilationConfig, Level, LoadFormats, SpeculativeConfig, Backend
 
 Policy: TypeAlias = Literal["fcfs", "priority"]
 
@@ -38,6 +38,10 @@ class EngineArgs:
     dtype_of: torch.dtype | str = None
     free: Any = None
     mm: dict[str, int] = None
+    block_share: float = CacheConfig.block_share
+    blocks: int = get_field(CacheConfig, "blocks")
+    level: Level = 1
+    cache_config: CacheConfig = None
 """,
     "config/__init__.py": """
 from vllm.config.compilation import CompilationConfig
@@ -45,7 +49,17 @@ from vllm.config.speculative import SpeculativeConfig
 from enum import Enum
 LoadFormats = Literal["auto", "dummy"]
 class Backend(Enum):
-    A = 1
+    FLASH_ATTN = "some.where"
+    TORCH_SDPA = ""
+class Level(IntEnum):
+    ZERO = 0
+class Store(str, Enum):
+    DISK = "disk"
+class CacheConfig:
+    block_size: int = Field(default=None, gt=0)
+    block_share: float = Field(default=0.9, gt=0, le=1)
+    blocks: int = Field(default=-1, ge=-1)
+    store: Store = Store.DISK
 """,
     "config/compilation.py": """
 class PassConfig:
@@ -91,7 +105,15 @@ def told(can: Capabilities, spec: Any = SPEC, **kwargs: Any) -> tuple[str, ...]:
         {"compilation_config": {"mode": 3, "pass_config": {"fuse": False}, "inductor_compile_config": {"any": 1}}},
         {"compilation_config": 3},
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-        {"attention_backend": "a"},
+        {"attention_backend": "flash_attn"},
+        {"attention_backend": "auto"},
+        {"attention_backend": None},
+        {"level": 0},
+        {"level": "zero"},
+        {"block_share": 1},
+        {"blocks": -1},
+        {"cache_config": {"store": "disk", "blocks": 3}},
+        {"cache_config": {"store": "DISK", "block_size": None}},
         {"dtype_of": 5},
         {"free": object()},
         {"mm": {"image": 1}},
@@ -112,6 +134,17 @@ def test_what_fits_is_passed_through(can: Capabilities, kwargs: dict[str, Any]) 
         ({"block_size": True}, "block_size=true: for vLLM 0.32.0 must be a whole number or null"),
         ({"block_size": 1.5}, "block_size=1.5: for vLLM 0.32.0 must be a whole number or null"),
         ({"policy": "prio"}, "policy=prio: for vLLM 0.32.0 must be one of fcfs, priority; did you mean priority?"),
+        ({"block_size": -3}, "block_size=-3: for vLLM 0.32.0 must be greater than 0"),
+        ({"block_share": 1.5}, "block_share=1.5: for vLLM 0.32.0 must be at most 1"),
+        ({"blocks": -2}, "blocks=-2: for vLLM 0.32.0 must be at least -1"),
+        ({"cache_config": {"blocks": -2}}, "cache_config.blocks=-2: for vLLM 0.32.0 must be at least -1"),
+        (
+            {"attention_backend": "flash_atn"},
+            "attention_backend=flash_atn: for vLLM 0.32.0 must be one of FLASH_ATTN, TORCH_SDPA, null; "
+            "did you mean FLASH_ATTN?",
+        ),
+        ({"attention_backend": 1}, "attention_backend=1: for vLLM 0.32.0 must be one of FLASH_ATTN, TORCH_SDPA, null"),
+        ({"level": "one"}, "level=one: for vLLM 0.32.0 must be one of ZERO, a whole number"),
         ({"sizes": 3}, "sizes=3: for vLLM 0.32.0 must be a list or null"),
         (
             {"compilation_config": "O3"},
@@ -253,6 +286,8 @@ class TestInstalled:
     def test_what_is_passed_and_what_is_not(self) -> None:
         can = of_installed("cpu")
         assert told(can, CPU, disable_log_stats=False, max_logprobs=3, block_size=32) == ()
+        if can.version.release >= (0, 32):
+            assert len(told(can, CPU, max_logprobs=-3, block_size=-32)) == 2
         told_at_once = told(can, CPU, disable_log_stat=False, max_logprobs="3", compilation_config={"custom_opps": []})
         assert told_at_once == (
             f"{KEY}.disable_log_stat=false: vLLM {can.version} has no such argument; did you mean disable_log_stats?",

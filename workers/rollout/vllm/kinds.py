@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ast
 import difflib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from workers.rollout.vllm.installed import Sources
@@ -34,17 +35,30 @@ _AS_CLASS = {"speculative_config": "SpeculativeConfig"}
 _ALSO = {"compilation_config": "int"}
 """`LLM` takes more than the annotation says."""
 
+_BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
+    "gt": ("greater than", operator.gt),
+    "ge": ("at least", operator.ge),
+    "lt": ("less than", operator.lt),
+    "le": ("at most", operator.le),
+}
+"""Of pydantic's `Field`."""
+
+_UNSET = "auto"
+"""For many enumerations the same as none, though they have no such name."""
+
 _DEPTH = 3
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a value may be. types: keys of `_WORDS`; options: single values; fields: the kinds of what a dictionary may
-    hold, by name; None: anything.
+    """What a value may be. types: keys of `_WORDS`; options: single values; names: of an enumeration, in any case;
+    bounds: of numbers, by keys of `_BOUNDS`; fields: the kinds of what a dictionary may hold, by name; None: anything.
     """
 
     types: frozenset[str]
     options: tuple[object, ...] = ()
+    names: tuple[str, ...] = ()
+    bounds: tuple[tuple[str, float], ...] = ()
     fields: Mapping[str, Kind | None] | None = None
 
     def problems(self, value: object, key: str) -> Iterator[tuple[str, object, str]]:
@@ -52,8 +66,17 @@ class Kind:
         if isinstance(value, Mapping) and self.fields is not None:
             for name, inner in value.items():
                 yield from self._field_problems(str(name), inner, f"{key}.{name}")
-        elif not (_type_of(value) in self._accepted or any(value is o or value == o for o in self._same_type(value))):
+        elif _type_of(value) in self._accepted:
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                beyond = [f"{_BOUNDS[b][0]} {limit:g}" for b, limit in self.bounds if not _BOUNDS[b][1](value, limit)]
+                if beyond:
+                    yield key, value, f"must be {' and '.join(beyond)}"
+        elif not (self._is_name(value) or any(value is o or value == o for o in self._same_type(value))):
             yield key, value, self._expectation(value)
+
+    def _is_name(self, value: object) -> bool:
+        """Of a member of the enumeration."""
+        return isinstance(value, str) and bool(self.names) and value.upper() in (*self.names, _UNSET.upper())
 
     @property
     def _accepted(self) -> frozenset[str]:
@@ -74,10 +97,12 @@ class Kind:
             yield from kind.problems(value, key)
 
     def _expectation(self, value: object) -> str:
-        if self.options:
-            near = difflib.get_close_matches(str(value), [str(option) for option in self.options], n=1)
-            names = [str(option) for option in self.options] + [_WORDS[name] for name in sorted(self.types)]
-            return f"must be one of {', '.join(names)}" + (f"; did you mean {near[0]}?" if near else "")
+        single = [*self.names, *(str(option) for option in self.options)]
+        if single:
+            asked = str(value).upper() if self.names else str(value)
+            near = difflib.get_close_matches(asked, single, n=1)
+            accepted = single + [_WORDS[name] for name in sorted(self.types)]
+            return f"must be one of {', '.join(accepted)}" + (f"; did you mean {near[0]}?" if near else "")
         ordered = [words for name, words in _WORDS.items() if name in self.types]
         return f"must be {' or '.join(ordered)}"
 
@@ -97,14 +122,35 @@ class Kinds:
         return self._known[argument]
 
     def _argument(self, name: str, annotation: ast.expr, default: ast.expr | None, module: str) -> Kind | None:
-        kind = self._kind(annotation, module, _DEPTH)
+        kind = self._field(annotation, default, module, _DEPTH)
         if kind is None:
             return None
         if name in _AS_CLASS:
             named = self._named(_AS_CLASS[name], module, _DEPTH)
-            kind = Kind(kind.types, kind.options, named.fields if named else None)
-        also = {"null"} if _is_none(default) else set()
-        return Kind(kind.types | also | ({_ALSO[name]} if name in _ALSO else set()), kind.options, kind.fields)
+            kind = replace(kind, fields=named.fields if named else None)
+        also = {_ALSO[name]} if name in _ALSO else set()
+        bounds = kind.bounds or (self._bounds_of(name, default, module) if kind.types & {"int", "float"} else ())
+        return replace(kind, types=kind.types | also, bounds=bounds)
+
+    def _bounds_of(self, argument: str, default: ast.expr | None, module: str) -> tuple[tuple[str, float], ...]:
+        """Those of the configuration class's field that the argument takes its default from; if it takes it from none,
+        those of the one class that has a field of this name.
+        """
+        match default:
+            case ast.Attribute(value=ast.Name(id=cls), attr=name):
+                places = [(cls, name)]
+            case ast.Call(func=ast.Name(id="get_field"), args=[ast.Name(id=cls), ast.Constant(value=str(name))]):
+                places = [(cls, name)]
+            case _:
+                classes = sorted(n for n in self.sources.names(module) if n.endswith("Config"))
+                places = [(cls, argument) for cls in classes]
+        found = []
+        for cls, name in places:
+            definition = self.sources.definition(module, cls)
+            if definition is not None and isinstance(definition[0], ast.ClassDef):
+                field_of = self.sources.annotations(definition[1], cls).get(name)
+                found += [_bounds(field_of[1])] if field_of else []
+        return found[0] if len(found) == 1 else ()
 
     def _kind(self, node: ast.expr, module: str, depth: int) -> Kind | None:
         match node:
@@ -145,9 +191,10 @@ class Kinds:
         return self._kind(statement, where, depth)
 
     def _class(self, definition: ast.ClassDef, module: str, depth: int) -> Kind | None:
-        """A dictionary with the fields of the class; enumerations take names in any spelling."""
-        if any("Enum" in ast.unparse(base) for base in definition.bases):
-            return None
+        """A dictionary with the fields of the class, or the members of an enumeration."""
+        bases = [ast.unparse(base) for base in definition.bases]
+        if any("Enum" in base for base in bases):
+            return _enumeration(definition, bases)
         annotated = self.sources.annotations(module, definition.name)
         if not annotated:
             return None
@@ -156,7 +203,38 @@ class Kinds:
 
     def _field(self, annotation: ast.expr, default: ast.expr | None, module: str, depth: int) -> Kind | None:
         kind = self._kind(annotation, module, depth)
-        return kind and Kind(kind.types | ({"null"} if _is_none(default) else set()), kind.options, kind.fields)
+        also = {"null"} if _is_none(default) else set()
+        return kind and replace(kind, types=kind.types | also, bounds=kind.bounds + _bounds(default))
+
+
+def _enumeration(definition: ast.ClassDef, bases: list[str]) -> Kind:
+    """vLLM takes members by name, in any case; numbers where they are such, and texts."""
+    members = [s for s in definition.body if isinstance(s, ast.Assign) and isinstance(s.targets[0], ast.Name)]
+    names = tuple(s.targets[0].id.upper() for s in members if isinstance(s.targets[0], ast.Name))
+    texts = tuple(
+        s.value.value for s in members if isinstance(s.value, ast.Constant) and isinstance(s.value.value, str)
+    )
+    types = {"int"} if any("Int" in base for base in bases) else set()
+    return Kind(frozenset(types), texts if "str" in bases else (), names)
+
+
+def _bounds(default: ast.expr | None) -> tuple[tuple[str, float], ...]:
+    limits = [(keyword.arg, _number(keyword.value)) for keyword in _field_keywords(default) if keyword.arg in _BOUNDS]
+    return tuple((name, limit) for name, limit in limits if name is not None and limit is not None)
+
+
+def _field_keywords(default: ast.expr | None) -> list[ast.keyword]:
+    """Of `Field(default=None, gt=0)`."""
+    is_field = isinstance(default, ast.Call) and isinstance(default.func, ast.Name) and default.func.id == "Field"
+    return default.keywords if is_field and isinstance(default, ast.Call) else []
+
+
+def _number(node: ast.expr) -> float | None:
+    try:
+        value = ast.literal_eval(node)
+    except ValueError:  # a name, or an expression
+        return None
+    return value if isinstance(value, (int, float)) else None
 
 
 def _union(kinds: list[Kind | None]) -> Kind | None:
@@ -167,12 +245,15 @@ def _union(kinds: list[Kind | None]) -> Kind | None:
     return Kind(
         frozenset().union(*(kind.types for kind in known)),
         tuple(option for kind in known for option in kind.options),
-        fields[0] if len(fields) == 1 else None,
+        tuple(name for kind in known for name in kind.names),
+        fields=fields[0] if len(fields) == 1 else None,
     )
 
 
 def _is_none(default: ast.expr | None) -> bool:
-    return isinstance(default, ast.Constant) and default.value is None
+    inner = [keyword.value for keyword in _field_keywords(default) if keyword.arg == "default"]
+    value = inner[0] if inner else default
+    return isinstance(value, ast.Constant) and value.value is None
 
 
 def _type_of(value: Any) -> str:
