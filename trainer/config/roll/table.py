@@ -58,7 +58,9 @@ TOP: Rules = {
     "rollout_mock.enable": refused("rollouts cannot be dumped or replayed", "set it to false", False),
     "rollout_mock.mode": no_effect("belongs to rollout_mock.enable"),
     "rollout_mock.dump_dir": no_effect("belongs to rollout_mock.enable"),
-    "transfer_backend": no_effect("weights travel by CUDA IPC, NCCL or shared memory, as the placement asks", None),
+    "transfer_backend": no_effect(
+        "weights travel by CUDA IPC, shared memory, or Ray from node to node, as the placement asks", None
+    ),
     # lengths and batches
     "rollout_batch_size": copied("data.train_batch_size", "prompts in both"),
     "val_batch_size": no_effect("ROLL's RLVR validates on all prompts at once, and so does this"),

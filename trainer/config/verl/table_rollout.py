@@ -12,7 +12,7 @@ _SINGLE = "a response is one turn: there are no tools, no environments and no ag
 _ONE_TURN = "leave it out"
 _OF_TURNS = "of several turns, which are not here"
 _PLACED = "where replicas run, and how many, follows from device_mapping and tensor_model_parallel_size"
-_CHANNEL = "the way of the weights follows from where roles run: shared memory, or collectives"
+_CHANNEL = "the way of the weights follows from where roles run: CUDA IPC, shared memory, or Ray from node to node"
 _WATCHED = "metrics of the rollout are in metrics.jsonl and the trackers"
 
 ROLLOUT_KEYS = (
