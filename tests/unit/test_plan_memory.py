@@ -206,9 +206,10 @@ SHORT_MEGATRON = [
     f"{ROLLOUT}.max_num_seqs=128",
     f"{ROLLOUT}.gpu_memory_utilization=0.6",
 ]
+TWO = ["trainer.n_gpus_per_node=2"]
 TWO_7B = [
     *W1_7B,
-    "trainer.n_gpus_per_node=2",
+    *TWO,
     "data.train_batch_size=16",
     f"{ACTOR}.ppo_mini_batch_size=16",
     f"{ROLLOUT}.max_num_seqs=128",
@@ -216,6 +217,7 @@ TWO_7B = [
 MEASURED = {  # docs/dry_run.md, GiB
     "W1": (QWEN_1_5B, [], {"generate": 80.9, "annotate": 28.8, "update": 114.7, "sync": 80.0}),
     "7B": (QWEN_7B, [*W1_7B, *SHORT_7B], {"generate": 125.2, "annotate": 111.1, "update": 139.5, "sync": 125.2}),
+    "W1 on two": (QWEN_1_5B, TWO, {"generate": 70.0, "annotate": 18.9, "update": 101.0, "sync": 69.6}),
     "7B on two": (QWEN_7B, TWO_7B, {"generate": 87.8, "annotate": 62.0, "update": 134.8, "sync": 87.8}),
     "Megatron": (QWEN_1_5B, SHORT_MEGATRON, {"generate": 111.7, "annotate": 32.5, "update": 108.3, "sync": 111.2}),
 }
