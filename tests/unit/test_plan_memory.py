@@ -207,6 +207,7 @@ SHORT_MEGATRON = [
     f"{ROLLOUT}.gpu_memory_utilization=0.6",
 ]
 TWO = ["trainer.n_gpus_per_node=2"]
+TWO_MEGATRON = [*TWO, MEGATRON, f"{ACTOR}.megatron.tensor_model_parallel_size=2"]
 TWO_7B = [
     *W1_7B,
     *TWO,
@@ -218,6 +219,7 @@ MEASURED = {  # docs/dry_run.md, GiB
     "W1": (QWEN_1_5B, [], {"generate": 80.9, "annotate": 28.8, "update": 114.7, "sync": 80.0}),
     "7B": (QWEN_7B, [*W1_7B, *SHORT_7B], {"generate": 125.2, "annotate": 111.1, "update": 139.5, "sync": 125.2}),
     "W1 on two": (QWEN_1_5B, TWO, {"generate": 70.0, "annotate": 18.9, "update": 101.0, "sync": 69.6}),
+    "tp 2": (QWEN_1_5B, TWO_MEGATRON, {"generate": 72.2, "annotate": 19.5, "update": 58.6, "sync": 71.5}),
     "7B on two": (QWEN_7B, TWO_7B, {"generate": 87.8, "annotate": 62.0, "update": 134.8, "sync": 87.8}),
     "Megatron": (QWEN_1_5B, SHORT_MEGATRON, {"generate": 111.7, "annotate": 32.5, "update": 108.3, "sync": 111.2}),
 }
