@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.config.errors import raise_problems
+from trainer.config.errors import raise_problems, show
 from trainer.config.model import model_problems, unknown_override_notices
 from trainer.config.roles import training_roles
 from trainer.config.schema import Config, ModelConfig
@@ -161,17 +161,23 @@ def _files_for_megatron(path: str) -> Iterator[str]:
 
 def read_config(model: ModelConfig, path: str, key: str) -> PreTrainedConfig:
     """A model's Hugging Face config, with model.override_config. Raises ValueError naming `key` if there is none."""
-    from workers.engines.models import hf_config
+    from workers.engines.models import change_config, hf_config
 
     try:
-        return hf_config(
-            absolute(path), trust_remote_code=model.trust_remote_code, override_config=model.override_config
-        )
+        config = hf_config(absolute(path), trust_remote_code=model.trust_remote_code, override_config={})
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{key}={path}: config cannot be loaded: {_told(error)}; give a directory with a Hugging Face checkpoint, "
             "or a hub name this machine can reach"
         ) from error
+    try:
+        change_config(config, model.override_config)
+    except Exception as error:  # whatever the class of the config checks its fields with
+        raise ValueError(
+            f"actor_rollout_ref.model.override_config={show(model.override_config)}: the model's config does not take "
+            f"it: {' '.join(str(error).split())}; correct it"
+        ) from error
+    return config
 
 
 def _told(error: Exception) -> str:

@@ -63,7 +63,8 @@ class Cluster:
 
 def _last_line(error: Exception) -> str:
     """What happened, where Ray's message is a traceback."""
-    return str(error.__cause__ or error).strip().splitlines()[-1].rstrip(".")
+    lines = str(error.__cause__ or error).strip().splitlines()
+    return lines[-1].rstrip(".") if lines else type(error).__name__
 
 
 def connect(cfg: Config) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from trainer.config.keys import known_keys
@@ -110,8 +112,12 @@ def test_a_name_may_look_like_a_number(number: str) -> None:
         (
             "actor_rollout_ref.rollout.log_prob_micro_batch_sise_per_gpu=16",
             "actor_rollout_ref.rollout.log_prob_micro_batch_sise_per_gpu=16: unknown key; did you mean "
-            "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu or "
-            "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu?",
+            "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu?",
+        ),
+        (
+            "actor_rollout_ref.rollout.tensor_parallel_size=4",
+            "actor_rollout_ref.rollout.tensor_parallel_size=4: unknown key; did you mean "
+            "actor_rollout_ref.rollout.tensor_model_parallel_size?",
         ),
         ("data.train_files=3", "data.train_files=3: must be a path, glob, or list of them"),
         ("actor_rollout_ref.model.path=null", "actor_rollout_ref.model.path=null: must be a path"),
@@ -122,8 +128,9 @@ def test_a_name_may_look_like_a_number(number: str) -> None:
         ),
         (
             "actor_rollout_ref.actor.optim.betas=[0.9]",
-            "actor_rollout_ref.actor.optim.betas=[0.9]: must have at least 2 items",
+            "actor_rollout_ref.actor.optim.betas=[0.9]: must have 2 items",
         ),
+        ("actor_rollout_ref.actor.optim.betas=[]", "actor_rollout_ref.actor.optim.betas=[]: must have 2 items"),
     ],
 )
 def test_one_mistake_is_told_once_with_what_to_do(override: str, message: str) -> None:
@@ -143,6 +150,13 @@ def test_unreadable_override(override: str) -> None:
     message = refused(override)
     assert message.startswith(override)
     assert "put quotes around the value" in message or "write key=value" in message
+
+
+@pytest.mark.parametrize("text", [r"C:\dir(a", r"a(\"b", "a(\\", 'say "no(', "a(b"])
+def test_what_is_proposed_for_text_is_read_as_that_text(text: str) -> None:
+    proposed = refused(f"data.answer_key={text}").rpartition("put quotes around the value: ")[2]
+    (override,) = shlex.split(proposed)
+    assert OverridesParser.create().parse_override(override).value() == text
 
 
 def test_hydra_keys_pass() -> None:

@@ -276,16 +276,50 @@ def test_a_divisor_is_proposed_that_cuts_the_model_too(base: list[str], size: in
     assert f"set it to a divisor of 8, e.g. {fits}, or change" in str(error.value)
 
 
+NO_FIELD = "the checkpoint's config has no such field, so it changes nothing unless the model's code looks for it"
+
+
 def test_overrides_that_no_config_has() -> None:
     known = {"max_position_embeddings": 1, "num_hidden_layers": 2}
     given = {"num_hidden_layer": 2, "num_hidden_layers": 2, "rope_scaling": {}, "rope_theta": 5.0, "zzz": None}
     assert list(unknown_override_notices(given, known)) == [
-        f"{OVERRIDE}.num_hidden_layer=2 has no effect: the model's config has no such field; did you mean "
-        f"{OVERRIDE}.num_hidden_layers?",
-        f"{OVERRIDE}.zzz=null has no effect: the model's config has no such field",
+        f"{OVERRIDE}.num_hidden_layer=2: {NO_FIELD}; did you mean {OVERRIDE}.num_hidden_layers?",
+        f"{OVERRIDE}.zzz=null: {NO_FIELD}",
     ]
     cfg = load_config([*BASE, *GRPO, f"+{OVERRIDE}.rope_scaling=4"])
     assert next(iter(override_problems(cfg))).startswith(f"{OVERRIDE}.rope_scaling=4: must be a dictionary; set ")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("rope_scaling.rope_type=[a]", "rope_scaling.rope_type=[a]: must be text; choose one of default, "),
+        ("rope_parameters.type=3", "rope_parameters.type=3: must be text; choose one of default, "),
+        ("rope_scaling.factor=abc", 'rope_scaling.factor="abc": must be a number of at least 1; set '),
+        ("rope_scaling.factor='2'", 'rope_scaling.factor="2": must be a number of at least 1; set '),
+        ("rope_scaling.factor=true", "rope_scaling.factor=true: must be a number of at least 1; set "),
+        ("rope_scaling.factor=0.5", "rope_scaling.factor=0.5: must be a number of at least 1; set "),
+        (
+            "rope_scaling.original_max_position_embeddings=abc",
+            'rope_scaling.original_max_position_embeddings="abc": must be a number of at least 1; set ',
+        ),
+    ],
+)
+def test_scalings_that_nobody_can_read(given: str, message: str) -> None:
+    cfg = load_config([*BASE, *GRPO, f"+{OVERRIDE}.{given}"])
+    (problem,) = override_problems(cfg)
+    assert problem.startswith(f"{OVERRIDE}.{message}")
+
+
+def test_values_that_the_models_config_does_not_take(tmp_path: Path) -> None:
+    from transformers import Qwen2Config
+
+    from trainer.inputs import read_config
+
+    Qwen2Config().save_pretrained(tmp_path)
+    cfg = load_config([*BASE, *GRPO, f"+{OVERRIDE}.num_attention_heads=abc"])
+    with pytest.raises(ValueError, match=r"override_config=\{num_attention_heads: abc\}: the .*expected int"):
+        read_config(cfg.actor_rollout_ref.model, str(tmp_path), "actor_rollout_ref.model.path")
 
 
 def test_the_models_config_is_asked_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

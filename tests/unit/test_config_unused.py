@@ -85,6 +85,7 @@ def told(capsys: pytest.CaptureFixture[str], *overrides: str) -> list[str]:
             [f"{ACTOR}.optim.lr_scheduler_type=constant: {ACTOR}.optim.min_lr_ratio"],
         ),
         ([f"{ACTOR}.data_loader_seed=1"], [f"{ACTOR}.shuffle=false: {ACTOR}.data_loader_seed"]),
+        ([f"{ACTOR}.data_loader_seed=1", f"{ACTOR}.policy_loss.loss_mode=clip_cov"], []),
         (
             ["trainer.total_training_steps=5", "trainer.total_epochs=2"],
             ["trainer.total_training_steps=5: trainer.total_epochs"],

@@ -182,3 +182,4 @@ def test_of_rays_traceback_the_last_line_is_told() -> None:
     error.__cause__ = RuntimeError("Failed: Traceback (most recent call last):\n  File x\nRpcError: status 404.\n")
     assert placement._last_line(error) == "RpcError: status 404"
     assert placement._last_line(OSError("nobody there")) == "nobody there"
+    assert placement._last_line(TimeoutError()) == "TimeoutError"

@@ -136,8 +136,12 @@ def test_sequences_beyond_what_is_extended(rope: dict[str, Any], wanted: str) ->
     ("given", "message"),
     [
         ("rope_scaling.rope_type=yran", "rope_scaling.rope_type=yran: unknown; choose one of default, linear,"),
-        ("rope_scaling.rope_type=yarn", "rope_scaling.rope_type=yarn: needs a factor; set "),
-        ("rope_scaling={type:linear,factor:0}", "rope_scaling.factor=0: must be a number of at least 1; set "),
+        ("rope_scaling.rope_type=yarn", "rope_scaling.rope_type=yarn: needs factor; set "),
+        (
+            "rope_scaling={rope_type:llama3,factor:8.0}",
+            "rope_scaling.rope_type=llama3: needs low_freq_factor, high_freq_factor, as the model's card",
+        ),
+        ("rope_scaling.rope_type=longrope", "rope_scaling.rope_type=longrope: needs short_factor, long_factor, as"),
         ("rope_parameters.factor=2", "rope_scaling.factor=2: has no effect without a kind; set "),
     ],
 )

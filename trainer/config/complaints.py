@@ -50,7 +50,7 @@ def explain(
     for detail in error.errors(include_url=False):
         key = _key(detail, known)
         if detail["type"] == "missing" and isinstance(detail["loc"][-1], int):
-            wanted.setdefault(key, []).append(f"must have at least {detail['loc'][-1] + 1} items")
+            wanted[key] = [f"must have {detail['loc'][-1] + 1} items"]  # the last of several counts them all
         elif detail["type"] == "missing":
             missing.append(key)
         elif detail["type"] == "extra_forbidden":

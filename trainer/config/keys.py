@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import cache
+from types import MappingProxyType
 from typing import get_origin
 
 from pydantic import BaseModel
 
 from trainer.config.schema import Config
 
+NONE: Mapping[str, float] = MappingProxyType({})
 _LIST_ALL = "`python -m trainer.main --cfg job` lists every key"
 _USUALLY_MEANT = (
     "path",
@@ -50,14 +53,15 @@ class KnownKeys:
         """Whether `key` lies below a free-form dictionary."""
         return any(key.startswith(f"{parent}.") for parent in self.free_form)
 
-    def nearest(self, key: str, *, limit: int = 3, also: frozenset[str] = frozenset()) -> tuple[str, ...]:
+    def nearest(self, key: str, *, limit: int = 3, also: Mapping[str, float] = NONE) -> tuple[str, ...]:
         """Return the existing keys that `key` probably meant, best first; none where nothing is close.
 
-        also: other names that are understood.
+        also: other names that are understood, each with the least likeness.
         """
-        ours = self.leaves | self.sections
-        scored = [(_likeness(key, known), known) for known in ours]
-        scored = sorted([*scored, *((_likeness(key, name) - _FOREIGN, name) for name in also - ours)], reverse=True)
+        ours = [(_likeness(key, known), known) for known in self.leaves | self.sections]
+        others = [(_likeness(key, name), name) for name in also.keys() - self.leaves - self.sections]
+        worth = [(likeness - _FOREIGN, name) for likeness, name in others if likeness >= also[name]]
+        scored = sorted([*ours, *worth], reverse=True)
         best = scored[0][0]
         return tuple(known for score, known in scored[:limit] if score >= max(0.7, best - 0.05))
 
@@ -72,8 +76,8 @@ def known_keys() -> KnownKeys:
     return KnownKeys(frozenset(leaves), frozenset(sections), frozenset(free_form))
 
 
-def unknown_key(key: str, value: str, known: KnownKeys, also: frozenset[str] = frozenset()) -> str:
-    """Word the complaint about a key that does not exist. also: other names that are understood."""
+def unknown_key(key: str, value: str, known: KnownKeys, also: Mapping[str, float] = NONE) -> str:
+    """Word the complaint about a key that does not exist. also: as in `nearest`."""
     above = next((leaf for leaf in known.leaves if key.startswith(f"{leaf}.")), None)
     if above is not None:
         return f"{key}={value}: {above} is a value, not a section; set {above}=..."

@@ -15,10 +15,18 @@ from typing import Any
 from trainer.config.batches import ROLLOUT, sequence_text
 from trainer.config.errors import show
 from trainer.config.schema import Config
-from workers.engines.rope import BESIDE, KINDS, SPELLINGS, Positions, positions_of, scaling_of
+from workers.engines.rope import BESIDE, KINDS, ORIGINAL, SPELLINGS, Positions, positions_of, scaling_of
 
 _TP = f"{ROLLOUT}.tensor_model_parallel_size"
 _OVERRIDE = "actor_rollout_ref.model.override_config"
+_NEEDS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+}
+"""What a kind of scaling cannot do without, but for the positions before it, which the checkpoint tells."""
 _VOCABULARY_BLOCK = 64
 """vLLM pads the vocabulary to a multiple of it, and cuts that."""
 
@@ -42,15 +50,33 @@ def override_problems(cfg: Config) -> Iterator[str]:
                 f"{_OVERRIDE}.{name}={show(given[name])}: must be a dictionary; set {_OVERRIDE}.{name}.rope_type=yarn "
                 f"with {_OVERRIDE}.{name}.factor=2.0, for example"
             )
+        else:
+            yield from _unreadable_scaling(f"{_OVERRIDE}.{name}", given.get(name) or {})
+
+
+def _unreadable_scaling(key: str, scaling: Mapping[str, Any]) -> Iterator[str]:
+    """Values of a type that no kind of scaling takes."""
+    for name in ("type", "rope_type"):
+        if scaling.get(name) is not None and not isinstance(scaling[name], str):
+            yield f"{key}.{name}={show(scaling[name])}: must be text; choose one of {', '.join(KINDS)}"
+    for name in ("factor", ORIGINAL):
+        value = scaling.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < 1):
+            example = "2.0" if name == "factor" else "32768"
+            shown = json.dumps(value) if isinstance(value, str) else show(value)
+            yield f"{key}.{name}={shown}: must be a number of at least 1; set {key}.{name}={example}, for example"
 
 
 def unknown_override_notices(overrides: Mapping[str, Any], known: Collection[str]) -> Iterator[str]:
-    """Overrides that nobody reads. known: fields that the checkpoint's config has without them."""
+    """Overrides that perhaps nobody reads. known: fields that the checkpoint's config has without them."""
     for name, value in overrides.items():
         if name not in known and name not in (*SPELLINGS, *BESIDE):
             near = get_close_matches(name, known, n=1)
             meant = f"; did you mean {_OVERRIDE}.{near[0]}?" if near else ""
-            yield f"{_OVERRIDE}.{name}={show(value)} has no effect: the model's config has no such field{meant}"
+            yield (
+                f"{_OVERRIDE}.{name}={show(value)}: the checkpoint's config has no such field, so it changes nothing "
+                f"unless the model's code looks for it{meant}"
+            )
 
 
 def local_fields(path: str) -> Mapping[str, Any]:
@@ -68,13 +94,15 @@ def _scaling(cfg: Config, fields: Mapping[str, Any]) -> Iterator[str]:
     kind, factor, key = given.get("rope_type"), given.get("factor"), f"{_OVERRIDE}.rope_scaling"
     if kind is not None and kind not in KINDS:
         yield f"{key}.rope_type={kind}: unknown; choose one of {', '.join(KINDS)}"
-    if kind in ("linear", "dynamic", "yarn") and factor is None:
-        yield f"{key}.rope_type={kind}: needs a factor; set {key}.factor=2.0, for example"
+    lacking = [name for name in _NEEDS.get(kind or "", ()) if given.get(name) is None]
+    if lacking:
+        example = (
+            f"; set {key}.factor=2.0, for example" if lacking == ["factor"] else ", as the model's card gives them"
+        )
+        yield f"{key}.rope_type={kind}: needs {', '.join(lacking)}{example}"
     found = positions_of(fields)
     if factor is not None and kind is None and found is not None and found.kind == "default":
         yield f"{key}.factor={show(factor)}: has no effect without a kind; set {key}.rope_type=yarn, for example"
-    elif factor is not None and (isinstance(factor, bool) or not isinstance(factor, int | float) or factor < 1):
-        yield f"{key}.factor={show(factor)}: must be a number of at least 1; set {key}.factor=2.0, for example"
 
 
 def _positions(cfg: Config, fields: Mapping[str, Any]) -> Iterator[str]:

@@ -6,6 +6,7 @@ Hydra alone answers a mistyped key with "Key 'x' is not in struct"; here it is t
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -146,7 +147,8 @@ def _parse(override: str) -> Override | str:
 
 def _quoted(key: str, value: str) -> str:
     """As a shell passes it on and Hydra takes it for text."""
-    inner = value.strip("\"'").replace("\\", "\\\\").replace('"', '\\"')
+    inner = re.sub(r'(\\*)"', r'\1\1\\"', value.strip("\"'"))  # two backslashes are one before a quote, and only there
+    inner = re.sub(r"(\\+)$", r"\1\1", inner)
     return shlex.quote(f'{key}="{inner}"')
 
 

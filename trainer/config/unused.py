@@ -19,6 +19,8 @@ _ACTOR = "actor_rollout_ref.actor"
 _REF = "actor_rollout_ref.ref"
 _ROLLOUT = "actor_rollout_ref.rollout"
 _CORRECTION = "algorithm.rollout_correction"
+_DRAWING_LOSS = "clip_cov"
+"""The policy loss that chooses tokens at random."""
 
 Unused = tuple[str, tuple[str, ...]]
 """(why, keys, or sections with all that is below them)."""
@@ -103,7 +105,9 @@ def _schedules(cfg: Config) -> Iterator[Unused]:
     for key, optim in [(_ACTOR, cfg.actor_rollout_ref.actor.optim), *critics]:
         if optim.lr_scheduler_type == "constant":
             yield f"{key}.optim.lr_scheduler_type=constant", (f"{key}.optim.min_lr_ratio",)
-    if not cfg.actor_rollout_ref.actor.shuffle and not (cfg.use_critic and cfg.critic.shuffle):
+    loss = cfg.actor_rollout_ref.actor.policy_loss.loss_mode
+    draws = loss == _DRAWING_LOSS or custom.is_path(loss)
+    if not draws and not cfg.actor_rollout_ref.actor.shuffle and not (cfg.use_critic and cfg.critic.shuffle):
         yield f"{_ACTOR}.shuffle=false", (f"{_ACTOR}.data_loader_seed",)
     if cfg.trainer.total_training_steps is not None:
         yield f"trainer.total_training_steps={cfg.trainer.total_training_steps}", ("trainer.total_epochs",)

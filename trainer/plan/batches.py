@@ -74,11 +74,11 @@ def warmup_problems(cfg: Config, sizes: Sizes) -> tuple[list[str], list[str]]:
     if warmup >= sizes.total_steps:
         problems.append(
             f"trainer.critic_warmup={warmup}: the run has {run}, so the policy would never be trained; set "
-            f"trainer.critic_warmup={sizes.total_steps // 10} or smaller, or more epochs"
+            f"trainer.critic_warmup={sizes.total_steps // 10}, or more epochs"
         )
     warnings = [
-        f"{role.key}.optim.lr_warmup_steps={role.config.optim.lr_warmup_steps}: the run has {run} of {updates} "
-        f"updates, and {role.key}.optim.lr is never reached"
+        f"{role.key}.optim.lr_warmup_steps={role.config.optim.lr_warmup_steps}: the run has {run} with {updates} "
+        f"updates each, and {role.key}.optim.lr is never reached"
         for role, updates in _updates(cfg, sizes)
         if not isinstance(role.config, RefConfig) and role.config.optim.lr_warmup_steps >= sizes.total_steps * updates
     ]

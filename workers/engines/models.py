@@ -67,9 +67,14 @@ def config_overrides(path: str, *, trust_remote_code: bool, override_config: Map
 def hf_config(path: str, *, trust_remote_code: bool, override_config: Mapping[str, Any]) -> PreTrainedConfig:
     """A checkpoint's Hugging Face config with some fields changed. Raises OSError or ValueError if there is none."""
     config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    for name, value in rope.completed(config, override_config).items():
-        setattr(config, name, value)
+    change_config(config, override_config)
     return config
+
+
+def change_config(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> None:
+    """Changes fields. Raises what the config's class raises for values it does not take."""
+    for name, value in rope.completed(config, overrides).items():
+        setattr(config, name, value)
 
 
 def load_model(spec: EngineSpec) -> LogprobModel | ValueModel:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 SPELLINGS = ("rope_scaling", "rope_parameters")
 BESIDE = ("rope_theta", "partial_rotary_factor")
 """What another kind of scaling leaves as it is."""
-_POSITIONS, _ORIGINAL = "max_position_embeddings", "original_max_position_embeddings"
+_POSITIONS, ORIGINAL = "max_position_embeddings", "original_max_position_embeddings"
 _EXTENDED = ("yarn", "longrope", "llama3")
 """Kinds that also need the number of positions before they extended it."""
 _LEGACY = {"su": "longrope", "mrope": "default"}
@@ -51,7 +51,7 @@ def completed(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> dict[st
     fields = config.to_dict()
     positions = fields.get(_POSITIONS)
     if rope.get("rope_type") in _EXTENDED and positions is not None:
-        rope.setdefault(_ORIGINAL, fields.get(_ORIGINAL) or positions)
+        rope.setdefault(ORIGINAL, fields.get(ORIGINAL) or positions)
     extended = _extended(rope)
     if extended is not None and (rest.get(_POSITIONS) or positions or 0) < extended:
         rest[_POSITIONS] = extended
@@ -66,15 +66,15 @@ def positions_of(fields: Mapping[str, Any]) -> Positions | None:
     if not isinstance(number, int) or _is_nested(rope) or kind not in KINDS:
         return None
     why = f"{_POSITIONS}={number}"
-    original = rope.get(_ORIGINAL) or fields.get(_ORIGINAL) or number
+    original = rope.get(ORIGINAL) or fields.get(ORIGINAL) or number
     if kind == "yarn" and factor is not None:
         return Positions(
-            int(original * factor), original, f"{_ORIGINAL}={original} x factor={factor} (rope_type=yarn)", kind
+            int(original * factor), original, f"{ORIGINAL}={original} x factor={factor} (rope_type=yarn)", kind
         )
     if kind == "linear" and factor is not None:
         return Positions(int(number * factor), number, f"{why} x factor={factor} (rope_type=linear)", kind)
     if kind == "longrope":  # transformers and vLLM choose between its two scales by different lengths above this
-        return Positions(original, original, f"{_ORIGINAL}={original} (rope_type=longrope)", kind)
+        return Positions(original, original, f"{ORIGINAL}={original} (rope_type=longrope)", kind)
     return Positions(number, number, why, kind)
 
 
@@ -125,7 +125,7 @@ def _kind(rope: Mapping[str, Any]) -> str | None:
 
 def _extended(rope: Mapping[str, Any]) -> int | None:
     """Positions that yarn makes."""
-    factor, original = rope.get("factor"), rope.get(_ORIGINAL)
+    factor, original = rope.get("factor"), rope.get(ORIGINAL)
     if rope.get("rope_type") != "yarn" or not isinstance(factor, int | float) or not isinstance(original, int):
         return None
     return int(original * factor)

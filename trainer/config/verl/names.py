@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 
+from trainer.config.verl.rules import Kind
 from trainer.config.verl.tables import MOVED, RULES
 
 _CHOICE = re.compile(r"\{([^{}]*)\}")
 
 
+_TYPO = 0.96
+"""Likeness of a name with a letter or two wrong. Less like it, a key that does nothing here is no advice."""
+
+
 @cache
-def verl_names() -> frozenset[str]:
-    """Keys of the table and the older names of keys; none of patterns that take any name."""
-    patterns = [rule.pattern for rule in RULES if "*" not in rule.pattern]
-    return frozenset([*MOVED, *(name for pattern in patterns for name in _each(pattern))])
+def verl_names() -> Mapping[str, float]:
+    """Keys of the table and the older names of keys, each with the likeness from which it is worth telling; none of
+    patterns that take any name."""
+    rules = [rule for rule in RULES if "*" not in rule.pattern]
+    of_table = {name: 0.0 if rule.kind is Kind.ALIAS else _TYPO for rule in rules for name in _each(rule.pattern)}
+    return dict.fromkeys(MOVED, 0.0) | of_table
 
 
 def _each(pattern: str) -> Iterator[str]:
