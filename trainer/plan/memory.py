@@ -19,7 +19,7 @@ from workers.engines.recompute import MARGIN, num_recomputed
 from workers.memory import SPARE_BYTES
 from workers.settings import Auto
 
-CONTEXT_BYTES = 850 << 20
+_CONTEXT_BYTES = 850 << 20
 """Of a process that trains on a GPU: CUDA context, loaded kernels, workspaces of matrix products (on an H200)."""
 PHASES = ("start", "generate", "annotate", "update", "sync", "asleep")
 """asleep: between calls, with replicas asleep."""
@@ -248,7 +248,7 @@ def _sleep(state: _State) -> None:
 
 def _fixed(state: _State) -> int:
     """Of the process that trains: context, NCCL."""
-    return CONTEXT_BYTES + state.use.collectives if state.parts else 0
+    return _CONTEXT_BYTES + state.use.collectives if state.parts else 0
 
 
 def _in_use(state: _State) -> int:
@@ -259,7 +259,7 @@ def _in_use(state: _State) -> int:
 def _others(state: _State, *, pinned: bool = True) -> int:
     """What is on the device whoever is at work: the replica, contexts, buffers, parts that may not leave."""
     stays = sum(part.size for part in state.parts if part.offload is False) if pinned else 0
-    trains = CONTEXT_BYTES + state.use.collectives + state.use.sync_buffers if pinned and state.parts else 0
+    trains = _CONTEXT_BYTES + state.use.collectives + state.use.sync_buffers if pinned and state.parts else 0
     return sum(state.awake.values()) + stays + trains
 
 

@@ -10,7 +10,7 @@ import torch
 from trainer.config.schema import Config, RolloutConfig
 from trainer.plan.layout import Layout
 
-CONTEXT_BYTES = 600 << 20
+_CONTEXT_BYTES = 600 << 20
 """Of what a worker takes for itself, the part that its share includes: CUDA context, loaded kernels, workspaces."""
 COLLECTIVE_BYTES = 512 << 20
 """Buffers of NCCL in a process that talks to others, or, with Megatron, could."""
@@ -56,7 +56,7 @@ def replica_terms(cfg: Config, layout: Layout, total_bytes: int | None) -> Repli
     weights = sum(layout.held(tensor=tensor)) * itemsize
     activations = _step_bytes(cfg, layout, itemsize)
     graphs = 0 if rollout.enforce_eager else 2 * _num_graphs(rollout.max_num_seqs) * _GRAPH_BYTES
-    context = CONTEXT_BYTES + (COLLECTIVE_BYTES if tensor > 1 else 0)
+    context = _CONTEXT_BYTES + (COLLECTIVE_BYTES if tensor > 1 else 0)
     if rollout.kv_cache_gb is not None:
         cache = int(rollout.kv_cache_gb * (1 << 30))
     else:
