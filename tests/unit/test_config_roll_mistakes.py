@@ -156,6 +156,7 @@ def test_missing_sections(file: Path, section: str, change: list[str], expected:
         ("[0,[1]]", "no list of whole numbers"),
         ("true", "=true: no list of whole numbers"),
         ("8", "=8: one number; write list(range(0,8)) for 8 devices, [8] for the one of this rank"),
+        ("0", "=0: one number; write [0] for the one of this rank"),
     ],
 )
 def test_device_mappings_that_are_none(file: Path, mapping: str, expected: str) -> None:

@@ -102,6 +102,15 @@ def test_what_is_computed_follows_an_override_as_it_follows_rolls_key(key: str) 
     assert ours != load_config([file, REWARD, *more], "roll")
 
 
+@pytest.mark.parametrize(
+    ("mapping", "ranks"), [("0", "[0]"), ("0-1", "[0,1]"), ("0,2-3", "[0,2,3]"), ("[0,1]", "[0,1]")]
+)
+@pytest.mark.parametrize("key", [key for key in SAME if key.endswith("device_mapping")])
+def test_every_form_of_a_device_mapping_is_taken_over(key: str, mapping: str, ranks: str) -> None:
+    more, override = MORE.get(key, []), f"{key}={mapping}"
+    assert expanded(*more, override).overrides == [*expanded(*more, f"roll.{SAME[key]}={ranks}").overrides, override]
+
+
 def test_an_interpolation_leaves_what_is_computed_as_it_is() -> None:
     roll = expanded("data.train_batch_size=${data.val_batch_size}")
     assert f"{ACTOR}.ppo_mini_batch_size=64" in roll.overrides

@@ -64,9 +64,10 @@ def read_mapping(value: object, key: str) -> tuple[int, ...]:
     """Ranks of `list(range(0,8))`, `list([0,1])`, `[0, 1]`, `0-7`, and of sums of these. Raises UserError."""
     if isinstance(value, list) and all(type(rank) is int for rank in value):
         return parse_device_mapping(value, key)
-    if str(value).strip().isdecimal():
-        wrong = f"one number; write list(range(0,{value})) for {value} devices, [{value}] for the one of this rank"
-        raise UserError(f"{key}={show(value)}: {wrong}")
+    number = str(value).strip()
+    if number.isdecimal():
+        many = f"list(range(0,{number})) for {number} devices, " if int(number) else ""
+        raise UserError(f"{key}={show(value)}: one number; write {many}[{number}] for the one of this rank")
     if not isinstance(value, str):
         raise UserError(f"{key}={show(value)}: no list of whole numbers; {_RANKS}")
     ranks: list[int] = []

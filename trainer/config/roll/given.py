@@ -58,19 +58,21 @@ def take_over(nested: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
         value = given.get(key)
         if value is None or (isinstance(value, str) and "$" in value):
             continue
-        if fits(path, value) and not (path.endswith("device_mapping") and not _are_ranks(value)):
+        if path.endswith("device_mapping"):
+            value = _ranks(value)
+        if value is not None and fits(path, value):
             _set(tree, path, value)
         if path == "response_length":  # which sequence_length would win over
             tree.pop("sequence_length", None)
     return tree
 
 
-def _are_ranks(value: Any) -> bool:
-    """Whether it is a mapping; what is wrong with one of ours is told under our name."""
+def _ranks(value: Any) -> list[int] | None:
+    """What a mapping of ours names: ROLL has no `0` or `0,2`; None for what is none, which is told under our name."""
     try:
-        return bool(parse_device_mapping(value, ""))
+        return list(parse_device_mapping(value, ""))
     except (UserError, TypeError):
-        return False
+        return None
 
 
 def _leaves(key: str, value: Any) -> dict[str, Any]:
