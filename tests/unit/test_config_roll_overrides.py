@@ -166,6 +166,49 @@ def test_an_estimator_of_ours_brings_its_own_parameters() -> None:
     assert load_config([file, REWARD, "algorithm.adv_estimator=rloo"], "roll").algorithm.adv_estimator == "rloo"
 
 
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A file with two estimators called gae: `plain.py:gae` asks for no values, `valued.py:gae` does."""
+    (tmp_path / "plain.py").write_text("def gae(x): ...\n", encoding="utf-8")
+    (tmp_path / "valued.py").write_text("def gae(x): ...\ngae.needs = {'values'}\n", encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "trained"),
+    [
+        (["algorithm.adv_estimator=gae"], True),
+        (["algorithm.adv_estimator=trainer.algorithms.estimators.roll:gae"], True),
+        (["algorithm.adv_estimator={}/valued.py:gae"], True),
+        (["algorithm.adv_estimator={}/plain.py:gae"], False),
+        (["algorithm.adv_estimator=no_such:gae"], False),
+        (["critic.enable=true"], True),
+        (["critic.enable=null"], False),
+        (["algorithm.adv_estimator=gae", "critic.enable=false"], False),
+    ],
+)
+def test_a_critic_is_translated_where_one_is_trained(own: Path, overrides: list[str], trained: bool) -> None:
+    critic = ["roll.critic.device_mapping=list(range(0,16))", "roll.critic.training_args.learning_rate=1e-4"]
+    given = [override.format(own) for override in overrides]
+    roll = expanded(*critic, *given)
+    assert ("critic.optim.lr=0.0001" in roll.overrides) == trained
+    assert any("no effect of critic" in notice for notice in roll.notices) != trained
+    bare = expanded(*given).overrides
+    assert not any(override.startswith("critic.optim.lr") for override in bare)
+    assert ("critic.loss_agg_mode='seq-mean-token-mean'" in bare) == trained
+
+
+@pytest.mark.parametrize("override", ["critic.optim.lr=1e-4", "critic.device_mapping=0", "algorithm.adv_estimator=gae"])
+def test_a_critic_of_the_command_line_follows_our_defaults(override: str) -> None:
+    with pytest.raises(ValueError, match=r"roll\.critic=null"):
+        expanded("roll.adv_estimator=gae")
+    file = f"roll.config={DATA / EXAMPLE}.yaml"
+    cfg = load_config([file, REWARD, "roll.adv_estimator=gae", override], "roll")
+    assert cfg.use_critic
+    assert cfg.critic.strategy == cfg.actor_rollout_ref.actor.strategy
+    assert cfg.critic.ppo_mini_batch_size == cfg.actor_rollout_ref.actor.ppo_mini_batch_size
+
+
 def test_validation_data_of_ours_are_looked_at_as_often_as_the_file_says() -> None:
     roll = expanded("roll.validation=null", "roll.eval_steps=7", "data.val_files=mine.jsonl")
     assert "trainer.test_freq=7" in roll.overrides

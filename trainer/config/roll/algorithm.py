@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from trainer.algorithms.estimators import catalog
 from trainer.config.roll.tree import Options, Translation
 
 _ACTOR = "actor_rollout_ref.actor"
@@ -36,15 +37,19 @@ def translate_algorithm(into: Translation) -> None:
     _advantages(into)
     _policy_loss(into)
     _kl(into)
-    if estimator_kind(into) == "gae":
+    if has_critic(into):
         _value_loss(into)
     _correction(into)
 
 
-def estimator_kind(into: Translation) -> Any:
-    """`gae` where a critic is trained: as the command line says it, or else the file."""
-    ours = str(into.given.get(_ESTIMATOR, ""))
-    return ours.rpartition(":")[2] if ours else into.roll.value("adv_estimator")
+def has_critic(into: Translation) -> bool:
+    """Whether a critic is trained: as the command line says it, or else the file."""
+    enabled = into.given.get("critic.enable")
+    if isinstance(enabled, bool):
+        return enabled
+    if into.overridden(_ESTIMATOR):
+        return "values" in catalog.needs(str(into.given[_ESTIMATOR]))
+    return bool(into.roll.value("adv_estimator") == "gae")
 
 
 def _advantages(into: Translation) -> None:

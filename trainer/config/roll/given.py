@@ -60,6 +60,8 @@ def take_over(nested: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
             continue
         if path.endswith("device_mapping"):
             value = _ranks(value)
+        if path.startswith("critic.") and tree.get("critic") is None:
+            continue  # a critic that the file lacks is none of ROLL's
         if value is not None and fits(path, value):
             _set(tree, path, value)
         if path == "response_length":  # which sequence_length would win over
