@@ -140,7 +140,7 @@ def _least_rate(into: Translation, role: str, optim: str) -> None:
     path = f"{role}.strategy_args.strategy_config.lr_scheduler_kwargs"
     if set(options) - {"min_lr"} or not isinstance(options.get("min_lr", 0.0), int | float):
         into.problems.append(f"roll.{path}={show(options)}: only min_lr, a number, is there; leave the others out")
-    elif options:
+    elif options and into.values[f"{optim}.lr"]:
         into.put(f"{optim}.min_lr_ratio", options["min_lr"] / into.values[f"{optim}.lr"], path)
 
 
