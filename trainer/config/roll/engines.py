@@ -99,8 +99,9 @@ def _cluster(into: Translation, devices: dict[str, tuple[int, ...]]) -> None:
     count, per_node = max(max(ranks) for ranks in devices.values()) + 1, into.roll.value("num_gpus_per_node")
     nodes, named = -(-count // per_node), into.roll.value("num_nodes")
     if named not in (None, nodes):
-        text = f"the device mappings reach rank {count - 1}: {nodes} x {per_node} devices, whatever it says, as in ROLL"
-        into.tell(f"roll.num_nodes={show(named)}: {text}", "trainer.nnodes")
+        text = f"the device mappings reach rank {count - 1}: {nodes} x {per_node} devices"
+        counted = "counted from the device_mapping, as ROLL does"
+        into.tell(f"roll.num_nodes={show(named)}: {text}, {counted}", "trainer.nnodes")
     paths = ("num_gpus_per_node", *(f"{role}.device_mapping" for role in devices))
     into.put("trainer.nnodes", nodes, *paths)
     into.put("trainer.n_gpus_per_node", min(count, per_node), *paths)

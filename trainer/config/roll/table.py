@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.config.roll.rules import Rules, computed, copied, no_effect, refused
+from trainer.config.roll.rules import Rules, compared, computed, copied, no_effect, refused
 
 _ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 _ESTIMATOR = "`algorithm.adv_estimator`, `algorithm.adv_params`"
@@ -38,7 +38,7 @@ TOP: Rules = {
     ),
     "rpc_timeout": computed(f"`{_ROLLOUT}.timeout_s`, `trainer.step_timeout_s`"),
     "num_gpus_per_node": computed("`trainer.n_gpus_per_node`, `trainer.nnodes`, together with the device_mapping"),
-    "num_nodes": no_effect("counted from the device_mapping, as ROLL does"),
+    "num_nodes": compared("counted from the device_mapping, as ROLL does"),
     "system_envs.*": no_effect(
         "workers inherit the environment: set it in the shell, NAME=value python -m trainer.main"
     ),
