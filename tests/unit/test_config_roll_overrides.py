@@ -209,6 +209,42 @@ def test_a_critic_of_the_command_line_follows_our_defaults(override: str) -> Non
     assert cfg.critic.ppo_mini_batch_size == cfg.actor_rollout_ref.actor.ppo_mini_batch_size
 
 
+@pytest.mark.parametrize(
+    ("overrides", "lam"),
+    [
+        (["roll.adv_estimator=grpo", "critic.enable=true"], None),
+        (["algorithm.adv_estimator=rloo"], None),
+        (["algorithm.adv_estimator=gae"], 0.95),
+        (["roll.adv_estimator=gae", "critic.enable=null"], 0.95),
+        (["roll.adv_estimator=grpo", "roll.lambd=0.8"], 0.8),
+    ],
+)
+def test_rolls_default_lambda_is_there_for_gae_alone(overrides: list[str], lam: float | None) -> None:
+    found = [override for override in expanded(*overrides).overrides if override.startswith("algorithm.lam=")]
+    assert found == ([] if lam is None else [f"algorithm.lam={lam}"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "seeded"),
+    [
+        ([f"{STEPS}=32"], False),
+        ([f"{STEPS}=8"], True),
+        ([f"{STEPS}=8", f"{ACTOR}.shuffle=false"], False),
+        ([f"{ACTOR}.shuffle=true"], True),
+        ([f"{ACTOR}.policy_loss.loss_mode=clip_cov"], True),
+    ],
+)
+def test_the_seed_of_updates_is_there_where_they_draw(overrides: list[str], seeded: bool) -> None:
+    assert (f"{ACTOR}.data_loader_seed=7" in expanded("roll.seed=7", *overrides).overrides) == seeded
+
+
+@pytest.mark.parametrize("steps", [4, 16])
+def test_no_notice_is_about_a_key_that_nobody_wrote(steps: int, capsys: pytest.CaptureFixture[str]) -> None:
+    file = [f"roll.config={DATA / 'addition.yaml'}", "data.train_files=[a.jsonl]"]
+    load_config([*file, REWARD, f"{STEPS}={steps}"], "roll")
+    assert "without effect" not in capsys.readouterr().err
+
+
 def test_validation_data_of_ours_are_looked_at_as_often_as_the_file_says() -> None:
     roll = expanded("roll.validation=null", "roll.eval_steps=7", "data.val_files=mine.jsonl")
     assert "trainer.test_freq=7" in roll.overrides

@@ -54,7 +54,9 @@ def has_critic(into: Translation) -> bool:
 
 def _advantages(into: Translation) -> None:
     into.copy("algorithm.gamma", "gamma")
-    into.copy("algorithm.lam", "lambd")
+    estimator = into.given.get(_ESTIMATOR, into.roll.value("adv_estimator"))
+    if estimator == "gae" or into.roll.has("lambd"):  # or else nobody wrote it, and nothing reads it
+        into.copy("algorithm.lam", "lambd")
     if into.overridden(_ESTIMATOR):
         return  # whose parameters are not those of ROLL's estimator
     kinds = {"gae": "gae", "reinforce": "reinforce", "grpo": "grpo"}

@@ -14,7 +14,9 @@ _AT_ONCE = "all prompts of a step go to the engines at once"
 TOP: Rules = {
     # the run
     "exp_name": copied("trainer.experiment_name"),
-    "seed": computed(f"`data.seed`, `{_ROLLOUT}.seed`, `{_ACTOR}.data_loader_seed`"),
+    "seed": computed(
+        f"`data.seed`, `{_ROLLOUT}.seed`, and `{_ACTOR}.data_loader_seed` where a step is more than one update"
+    ),
     "output_dir": computed("`trainer.default_local_dir` = output_dir/exp_name, unless checkpoint_config has a folder"),
     "checkpoint_config.output_dir": computed(
         "`trainer.default_local_dir`; without ROLL's time stamp, so a run resumes"
