@@ -9,6 +9,7 @@ import pytest
 
 from trainer.config.load import load_config
 from trainer.config.roll.command_line import RollOverrides, expand_roll
+from trainer.config.roll.engines import SECTIONS
 from trainer.config.roll.given import SAME
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "roll"
@@ -78,6 +79,7 @@ VALUES: dict[str, Any] = {
     "trainer.n_gpus_per_node": 16,
     f"{ACTOR}.optim.lr": 1e-5,
     "critic.optim.lr": 1e-5,
+    f"{ACTOR}.clip_ratio": 0.3,
     f"{ACTOR}.use_kl_loss": True,
     "algorithm.use_kl_in_reward": True,
     "algorithm.gamma": 0.9,
@@ -109,6 +111,38 @@ def test_what_is_computed_follows_an_override_as_it_follows_rolls_key(key: str) 
 def test_every_form_of_a_device_mapping_is_taken_over(key: str, mapping: str, ranks: str) -> None:
     more, override = MORE.get(key, []), f"{key}={mapping}"
     assert expanded(*more, override).overrides == [*expanded(*more, f"roll.{SAME[key]}={ranks}").overrides, override]
+
+
+@pytest.mark.parametrize("role", ["actor_train", "critic"])
+@pytest.mark.parametrize("name", ["tensor_model_parallel_size", "pipeline_model_parallel_size"])
+def test_mini_batches_follow_our_parallel_sizes(role: str, name: str) -> None:
+    critic = "{device_mapping: '0-15', strategy_args: {strategy_name: megatron_train}}"
+    file = [f"roll.config={DATA / EXAMPLE}.yaml", REWARD, "roll.adv_estimator=gae", f"roll.critic={critic}"]
+    file += [f"roll.{role}.training_args.gradient_accumulation_steps=4"]
+    ours = load_config([*file, f"{SECTIONS[role]}.megatron.{name}=4"], "roll")
+    assert ours == load_config([*file, f"roll.{role}.strategy_args.strategy_config.{name}=4"], "roll")
+
+
+def test_mini_batches_follow_our_engine() -> None:
+    sizes = "roll.actor_train.strategy_args.strategy_config.tensor_model_parallel_size=4"
+    assert f"{ACTOR}.ppo_mini_batch_size=16" in expanded(sizes).overrides
+    assert f"{ACTOR}.ppo_mini_batch_size=64" in expanded(sizes, f"{ACTOR}.strategy=fsdp").overrides
+
+
+@pytest.mark.parametrize("file", [["roll.use_pg_clip_range=true"], [WORKER, "roll.actor_train.pg_variant=cispo"]])
+def test_a_clip_ratio_of_ours_is_both_bounds(file: list[str]) -> None:
+    cfg = load_config([f"roll.config={DATA / EXAMPLE}.yaml", REWARD, *file, f"{ACTOR}.clip_ratio=0.3"], "roll")
+    actor = cfg.actor_rollout_ref.actor
+    assert (actor.clip_ratio_low, actor.clip_ratio_high, actor.clip_ratio_c) == (0.3, 0.3, 1.6)
+
+
+@pytest.mark.parametrize(
+    ("override", "bound"),
+    [([], 0.1), ([f"{ACTOR}.policy_loss.loss_mode=cispo"], 0.1), ([f"{ACTOR}.policy_loss.loss_mode=ppo"], 0.2)],
+)
+def test_the_bounds_of_rolls_cispo_hold_for_cispo_alone(override: list[str], bound: float) -> None:
+    roll = expanded(WORKER, "roll.actor_train.pg_variant=cispo", *override)
+    assert {f"{ACTOR}.clip_ratio_low={bound}", f"{ACTOR}.clip_ratio_high={bound}"} <= set(roll.overrides)
 
 
 def test_an_interpolation_leaves_what_is_computed_as_it_is() -> None:

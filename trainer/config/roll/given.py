@@ -30,6 +30,7 @@ SAME: Mapping[str, str] = {
     "trainer.n_gpus_per_node": "num_gpus_per_node",
     f"{_ACTOR}.optim.lr": "actor_train.training_args.learning_rate",
     "critic.optim.lr": "critic.training_args.learning_rate",
+    f"{_ACTOR}.clip_ratio": "pg_clip",
     f"{_ACTOR}.use_kl_loss": "use_kl_loss",
     "algorithm.use_kl_in_reward": "add_token_level_kl",
     "algorithm.gamma": "gamma",

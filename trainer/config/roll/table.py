@@ -113,7 +113,9 @@ TOP: Rules = {
     "difficulty_high_threshold": computed(f"{_ESTIMATOR}, with difficulty_mask"),
     "error_max_len_clip": computed(f"{_ESTIMATOR}: of responses over the threshold those with reward 1 are kept"),
     "error_max_len_threshold": computed(f"{_ESTIMATOR}, with error_max_len_clip"),
-    "pg_clip": computed(f"`{_ACTOR}.clip_ratio_low`, `{_ACTOR}.clip_ratio_high`, `{_ACTOR}.clip_ratio_c`"),
+    "pg_clip": computed(
+        f"`{_ACTOR}.clip_ratio`, `{_ACTOR}.clip_ratio_low`, `{_ACTOR}.clip_ratio_high`, `{_ACTOR}.clip_ratio_c`"
+    ),
     "use_pg_clip_range": computed("takes pg_clip_low and pg_clip_high in place of pg_clip"),
     "pg_clip_low": computed(f"`{_ACTOR}.clip_ratio_low`, with use_pg_clip_range"),
     "pg_clip_high": computed(f"`{_ACTOR}.clip_ratio_high`, with use_pg_clip_range"),
