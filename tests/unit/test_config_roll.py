@@ -52,7 +52,7 @@ def test_examples_translate_to_live_keys_that_know_their_source(name: str) -> No
     assert [key for key in done.values if key not in known.leaves and not known.is_free(key)] == []
     assert set(done.sources) == set(done.values)
     assert done.sources["data.train_batch_size"] == "rollout_batch_size"
-    assert done.sources["algorithm.lam"] == "default of lambd"
+    assert done.sources["algorithm.gamma"] == "default of gamma"
     assert load(name).data.train_batch_size == 64
 
 

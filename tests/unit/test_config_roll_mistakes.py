@@ -76,6 +76,8 @@ def changed(file: Path, old: str, new: str) -> Path:
         (b"\xff\xfe", "not text in UTF-8; give ROLL's YAML file"),
         (b"seed: 1\nseed: 2\n", "line 2: found duplicate key seed; mend the file"),
         (b"a: 1\n b: 2\n", "line 2: mapping values are not allowed here; mend the file"),
+        (b"a: &x [*x]\n", "not readable as YAML: nested too deeply, or an alias (*name) within what it stands for"),
+        (b"a: &x {b: *x}\n", "an alias (*name) within what it stands for; mend the file"),
         (b"defaults: {a: b}\n", "defaults={a: b} must be a list; write [name, _self_]"),
         (b"sft_train: {}\n", "sft_train belongs to ROLL's SFT pipeline, and only RLVR is there"),
         (b"chosen_key: a\n", "ROLL's DPO pipeline"),
@@ -130,6 +132,19 @@ def test_entries_about_hydra_itself_mean_nothing(file: Path) -> None:
     assert "actor_rollout_ref.rollout.temperature=1.5" in expand_roll([f"roll.config={file}", REWARD]).overrides
 
 
+def test_optional_defaults_may_be_missing(file: Path) -> None:
+    file.write_text(f"defaults: [{{optional args@actor_infer.generating_args: hot}}, _self_]\n{FILE}", encoding="utf-8")
+    assert "actor_rollout_ref.rollout.temperature=0.95" in expand_roll([f"roll.config={file}", REWARD]).overrides
+    (file.parent / "args").mkdir()
+    (file.parent / "args" / "hot.yaml").write_text("temperature: 1.5\n", encoding="utf-8")
+    assert "actor_rollout_ref.rollout.temperature=1.5" in expand_roll([f"roll.config={file}", REWARD]).overrides
+
+
+def test_a_name_may_serve_hydra_alone(file: Path) -> None:
+    file.write_text(f"hydra: {{run: {{dir: './out/${{my_tag}}'}}}}\nmy_tag: x\n{FILE}", encoding="utf-8")
+    expand_roll([f"roll.config={file}", REWARD])
+
+
 @pytest.mark.parametrize(
     ("section", "change", "expected"),
     [
@@ -156,6 +171,7 @@ def test_missing_sections(file: Path, section: str, change: list[str], expected:
         ("[0,[1]]", "no list of whole numbers"),
         ("true", "=true: no list of whole numbers"),
         ("8", "=8: one number; write list(range(0,8)) for 8 devices, [8] for the one of this rank"),
+        ("0", "=0: one number; write [0] for the one of this rank"),
     ],
 )
 def test_device_mappings_that_are_none(file: Path, mapping: str, expected: str) -> None:
@@ -166,9 +182,10 @@ def test_device_mappings_that_are_none(file: Path, mapping: str, expected: str) 
 
 def test_more_nodes_than_the_file_names_are_told(file: Path) -> None:
     roll = expand_roll([f"roll.config={file}", REWARD, "roll.num_nodes=2"])
-    assert any("roll.num_nodes=2: the device mappings reach rank 7: 1 x 8 devices" in notice for notice in roll.notices)
+    (told,) = [notice for notice in roll.notices if "num_nodes" in notice]
+    assert told.startswith("roll.num_nodes=2: the device mappings reach rank 7: 1 x 8 devices, counted from")
     same = expand_roll([f"roll.config={file}", REWARD, "roll.num_nodes=1"])
-    assert not any("roll.num_nodes" in notice for notice in same.notices)
+    assert not any("num_nodes" in notice for notice in same.notices)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +206,11 @@ def test_more_nodes_than_the_file_names_are_told(file: Path) -> None:
         ("train_infer_correction.filters", "[5]", "filters[0]=5: must be a section"),
         ("train_infer_correction.filters", "[{enabld: true}]", "filters[0].enabld=true: ROLL has no such option; did"),
         ("train_infer_correction.filters", "[{ratio_low: x}]", "filters[0].ratio_low=x: must be a number"),
+        *(
+            (f"{role}.sequence_packing_args.max_packed_sequence_length_{pass_}", "abc", "must be a whole number of at")
+            for role, pass_ in (("actor_train", "train"), ("critic", "train"), ("reference", "forward"))
+        ),
+        ("reference.max_tokens_per_microbatch_in_infer", "abc", "must be a whole number"),
         (f"actor_train.{CONFIG}.offload_policy", "cpu", "must be true or false"),
         (f"actor_train.{CONFIG}.tensor_model_parallel_size", "two", "must be a whole number of at least 1"),
         (f"actor_train.{CONFIG}.pipeline_model_parallel_size", "0", "must be a whole number of at least 1"),
@@ -212,6 +234,13 @@ def test_a_wrong_override_of_ours_is_told_under_our_name(
     message = capsys.readouterr().err.partition("error: ")[2]
     assert message.startswith(f"{override}: ")
     assert "roll." not in message
+
+
+def test_a_rate_of_0_has_no_least_share(file: Path) -> None:
+    megatron = "{strategy_name: megatron_train, strategy_config: {lr_scheduler_kwargs: {min_lr: 1e-7}}}"
+    changes = ["actor_rollout_ref.actor.optim.lr=0", f"roll.actor_train.strategy_args={megatron}"]
+    roll = expand_roll([f"roll.config={file}", REWARD, *changes])
+    assert not any("min_lr_ratio" in override for override in roll.overrides)
 
 
 def test_an_override_in_verls_spelling_wins_over_the_file(file: Path) -> None:

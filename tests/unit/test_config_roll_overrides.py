@@ -9,6 +9,7 @@ import pytest
 
 from trainer.config.load import load_config
 from trainer.config.roll.command_line import RollOverrides, expand_roll
+from trainer.config.roll.engines import SECTIONS
 from trainer.config.roll.given import SAME
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "roll"
@@ -78,6 +79,7 @@ VALUES: dict[str, Any] = {
     "trainer.n_gpus_per_node": 16,
     f"{ACTOR}.optim.lr": 1e-5,
     "critic.optim.lr": 1e-5,
+    f"{ACTOR}.clip_ratio": 0.3,
     f"{ACTOR}.use_kl_loss": True,
     "algorithm.use_kl_in_reward": True,
     "algorithm.gamma": 0.9,
@@ -100,6 +102,47 @@ def test_what_is_computed_follows_an_override_as_it_follows_rolls_key(key: str) 
     rolls = load_config([file, REWARD, *without, f"roll.{SAME[key]}={value}"], "roll")
     assert ours == rolls
     assert ours != load_config([file, REWARD, *more], "roll")
+
+
+@pytest.mark.parametrize(
+    ("mapping", "ranks"), [("0", "[0]"), ("0-1", "[0,1]"), ("0,2-3", "[0,2,3]"), ("[0,1]", "[0,1]")]
+)
+@pytest.mark.parametrize("key", [key for key in SAME if key.endswith("device_mapping")])
+def test_every_form_of_a_device_mapping_is_taken_over(key: str, mapping: str, ranks: str) -> None:
+    more, override = MORE.get(key, []), f"{key}={mapping}"
+    assert expanded(*more, override).overrides == [*expanded(*more, f"roll.{SAME[key]}={ranks}").overrides, override]
+
+
+@pytest.mark.parametrize("role", ["actor_train", "critic"])
+@pytest.mark.parametrize("name", ["tensor_model_parallel_size", "pipeline_model_parallel_size"])
+def test_mini_batches_follow_our_parallel_sizes(role: str, name: str) -> None:
+    critic = "{device_mapping: '0-15', strategy_args: {strategy_name: megatron_train}}"
+    file = [f"roll.config={DATA / EXAMPLE}.yaml", REWARD, "roll.adv_estimator=gae", f"roll.critic={critic}"]
+    file += [f"roll.{role}.training_args.gradient_accumulation_steps=4"]
+    ours = load_config([*file, f"{SECTIONS[role]}.megatron.{name}=4"], "roll")
+    assert ours == load_config([*file, f"roll.{role}.strategy_args.strategy_config.{name}=4"], "roll")
+
+
+def test_mini_batches_follow_our_engine() -> None:
+    sizes = "roll.actor_train.strategy_args.strategy_config.tensor_model_parallel_size=4"
+    assert f"{ACTOR}.ppo_mini_batch_size=16" in expanded(sizes).overrides
+    assert f"{ACTOR}.ppo_mini_batch_size=64" in expanded(sizes, f"{ACTOR}.strategy=fsdp").overrides
+
+
+@pytest.mark.parametrize("file", [["roll.use_pg_clip_range=true"], [WORKER, "roll.actor_train.pg_variant=cispo"]])
+def test_a_clip_ratio_of_ours_is_both_bounds(file: list[str]) -> None:
+    cfg = load_config([f"roll.config={DATA / EXAMPLE}.yaml", REWARD, *file, f"{ACTOR}.clip_ratio=0.3"], "roll")
+    actor = cfg.actor_rollout_ref.actor
+    assert (actor.clip_ratio_low, actor.clip_ratio_high, actor.clip_ratio_c) == (0.3, 0.3, 1.6)
+
+
+@pytest.mark.parametrize(
+    ("override", "bound"),
+    [([], 0.1), ([f"{ACTOR}.policy_loss.loss_mode=cispo"], 0.1), ([f"{ACTOR}.policy_loss.loss_mode=ppo"], 0.2)],
+)
+def test_the_bounds_of_rolls_cispo_hold_for_cispo_alone(override: list[str], bound: float) -> None:
+    roll = expanded(WORKER, "roll.actor_train.pg_variant=cispo", *override)
+    assert {f"{ACTOR}.clip_ratio_low={bound}", f"{ACTOR}.clip_ratio_high={bound}"} <= set(roll.overrides)
 
 
 def test_an_interpolation_leaves_what_is_computed_as_it_is() -> None:
@@ -155,6 +198,85 @@ def test_an_estimator_of_ours_brings_its_own_parameters() -> None:
     assert not any("adv_params" in override for override in roll.overrides)
     file = f"roll.config={DATA / EXAMPLE}.yaml"
     assert load_config([file, REWARD, "algorithm.adv_estimator=rloo"], "roll").algorithm.adv_estimator == "rloo"
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A file with two estimators called gae: `plain.py:gae` asks for no values, `valued.py:gae` does."""
+    (tmp_path / "plain.py").write_text("def gae(x): ...\n", encoding="utf-8")
+    (tmp_path / "valued.py").write_text("def gae(x): ...\ngae.needs = {'values'}\n", encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "trained"),
+    [
+        (["algorithm.adv_estimator=gae"], True),
+        (["algorithm.adv_estimator=trainer.algorithms.estimators.roll:gae"], True),
+        (["algorithm.adv_estimator={}/valued.py:gae"], True),
+        (["algorithm.adv_estimator={}/plain.py:gae"], False),
+        (["algorithm.adv_estimator=no_such:gae"], False),
+        (["critic.enable=true"], True),
+        (["critic.enable=null"], False),
+        (["algorithm.adv_estimator=gae", "critic.enable=false"], False),
+    ],
+)
+def test_a_critic_is_translated_where_one_is_trained(own: Path, overrides: list[str], trained: bool) -> None:
+    critic = ["roll.critic.device_mapping=list(range(0,16))", "roll.critic.training_args.learning_rate=1e-4"]
+    given = [override.format(own) for override in overrides]
+    roll = expanded(*critic, *given)
+    assert ("critic.optim.lr=0.0001" in roll.overrides) == trained
+    assert any("no effect of critic" in notice for notice in roll.notices) != trained
+    bare = expanded(*given).overrides
+    assert not any(override.startswith("critic.optim.lr") for override in bare)
+    assert ("critic.loss_agg_mode='seq-mean-token-mean'" in bare) == trained
+
+
+@pytest.mark.parametrize("override", ["critic.optim.lr=1e-4", "critic.device_mapping=0", "algorithm.adv_estimator=gae"])
+def test_a_critic_of_the_command_line_follows_our_defaults(override: str) -> None:
+    with pytest.raises(ValueError, match=r"roll\.critic=null"):
+        expanded("roll.adv_estimator=gae")
+    file = f"roll.config={DATA / EXAMPLE}.yaml"
+    cfg = load_config([file, REWARD, "roll.adv_estimator=gae", override], "roll")
+    assert cfg.use_critic
+    assert cfg.critic.strategy == cfg.actor_rollout_ref.actor.strategy
+    assert cfg.critic.ppo_mini_batch_size == cfg.actor_rollout_ref.actor.ppo_mini_batch_size
+
+
+@pytest.mark.parametrize(
+    ("overrides", "lam"),
+    [
+        (["roll.adv_estimator=grpo", "critic.enable=true"], None),
+        (["algorithm.adv_estimator=rloo"], None),
+        (["algorithm.adv_estimator=gae"], 0.95),
+        (["roll.adv_estimator=gae", "critic.enable=null"], 0.95),
+        (["roll.adv_estimator=grpo", "roll.lambd=0.8"], 0.8),
+    ],
+)
+def test_rolls_default_lambda_is_there_for_gae_alone(overrides: list[str], lam: float | None) -> None:
+    found = [override for override in expanded(*overrides).overrides if override.startswith("algorithm.lam=")]
+    assert found == ([] if lam is None else [f"algorithm.lam={lam}"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "seeded"),
+    [
+        ([f"{STEPS}=32"], False),
+        ([f"{STEPS}=8"], True),
+        ([f"{STEPS}=8", f"{ACTOR}.shuffle=false"], False),
+        ([f"{ACTOR}.shuffle=true"], True),
+        ([f"{ACTOR}.policy_loss.loss_mode=clip_cov"], True),
+    ],
+)
+def test_the_seed_of_updates_is_there_where_they_draw(overrides: list[str], seeded: bool) -> None:
+    assert (f"{ACTOR}.data_loader_seed=7" in expanded("roll.seed=7", *overrides).overrides) == seeded
+
+
+@pytest.mark.parametrize("steps", [4, 16])
+def test_no_notice_is_about_a_key_that_nobody_wrote(steps: int, capsys: pytest.CaptureFixture[str]) -> None:
+    file = [f"roll.config={DATA / 'addition.yaml'}", "data.train_files=[a.jsonl]"]
+    load_config([*file, REWARD, f"{STEPS}={steps}"], "roll")
+    assert "without effect" not in capsys.readouterr().err
 
 
 def test_validation_data_of_ours_are_looked_at_as_often_as_the_file_says() -> None:

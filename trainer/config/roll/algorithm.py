@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from trainer.algorithms.estimators import catalog
 from trainer.config.roll.tree import Options, Translation
 
 _ACTOR = "actor_rollout_ref.actor"
 _ESTIMATOR = "algorithm.adv_estimator"
 _LOSS_MODE = f"{_ACTOR}.policy_loss.loss_mode"
+_CLIP = f"{_ACTOR}.clip_ratio"
+_VARIANT = "actor_train.pg_variant"
 _UNBOUNDED = 1.0e9
 """A bound that never binds: ratios are held within exp(+-20)."""
 
@@ -36,20 +39,26 @@ def translate_algorithm(into: Translation) -> None:
     _advantages(into)
     _policy_loss(into)
     _kl(into)
-    if estimator_kind(into) == "gae":
+    if has_critic(into):
         _value_loss(into)
     _correction(into)
 
 
-def estimator_kind(into: Translation) -> Any:
-    """`gae` where a critic is trained: as the command line says it, or else the file."""
-    ours = str(into.given.get(_ESTIMATOR, ""))
-    return ours.rpartition(":")[2] if ours else into.roll.value("adv_estimator")
+def has_critic(into: Translation) -> bool:
+    """Whether a critic is trained: as the command line says it, or else the file."""
+    enabled = into.given.get("critic.enable")
+    if isinstance(enabled, bool):
+        return enabled
+    if into.overridden(_ESTIMATOR):
+        return "values" in catalog.needs(str(into.given[_ESTIMATOR]))
+    return bool(into.roll.value("adv_estimator") == "gae")
 
 
 def _advantages(into: Translation) -> None:
     into.copy("algorithm.gamma", "gamma")
-    into.copy("algorithm.lam", "lambd")
+    estimator = into.given.get(_ESTIMATOR, into.roll.value("adv_estimator"))
+    if estimator == "gae" or into.roll.has("lambd"):  # or else nobody wrote it, and nothing reads it
+        into.copy("algorithm.lam", "lambd")
     if into.overridden(_ESTIMATOR):
         return  # whose parameters are not those of ROLL's estimator
     kinds = {"gae": "gae", "reinforce": "reinforce", "grpo": "grpo"}
@@ -117,14 +126,12 @@ def _built_in(kind: str, params: dict[str, tuple[Any, tuple[str, ...]]], *, gamm
 
 
 def _policy_loss(into: Translation) -> None:
-    roll = into.roll
-    clip = roll.value("pg_clip")
-    for side in ("low", "high"):
-        path = f"pg_clip_{side}" if roll.value("use_pg_clip_range") else "pg_clip"
-        into.put(f"{_ACTOR}.clip_ratio_{side}", roll.value(path), path)
-    dual = 1.0 + 2.0 * clip if roll.value("dual_clip_loss") else _UNBOUNDED
+    loss = _loss_mode(into)
+    into.put(_LOSS_MODE, loss, "importance_sampling", _VARIANT)
+    if not into.overridden(_CLIP):  # which both bounds follow
+        _clip_range(into, cispo=loss == "cispo" and into.given.get(_LOSS_MODE, loss) == loss)
+    dual = 1.0 + 2.0 * into.roll.value("pg_clip") if into.roll.value("dual_clip_loss") else _UNBOUNDED
     into.put(f"{_ACTOR}.clip_ratio_c", dual, "dual_clip_loss", "pg_clip")
-    into.put(_LOSS_MODE, _loss_mode(into), "importance_sampling", "actor_train.pg_variant")
     mode = into.choose(
         "loss_agg_mode", {name: name for name in _AGG_MODES}, "no such aggregation in ROLL", f"{_ACTOR}.loss_agg_mode"
     )
@@ -136,15 +143,23 @@ def _policy_loss(into: Translation) -> None:
     into.copy(f"{_ACTOR}.optim.clip_grad", "max_grad_norm")
 
 
+def _clip_range(into: Translation, *, cispo: bool) -> None:
+    """The range of the ratio: ROLL's one number or two. cispo: the fixed range of that loss of ROLL's."""
+    ranged = into.roll.value("use_pg_clip_range")
+    if not ranged and not cispo:
+        into.copy(_CLIP, "pg_clip")
+    for side in ("low", "high"):
+        path = f"pg_clip_{side}" if ranged else "pg_clip"
+        value, source = (0.1, _VARIANT) if cispo else (into.roll.value(path), path)
+        into.put(f"{_CLIP}_{side}", value, source)
+
+
 def _loss_mode(into: Translation) -> Any:
     """ROLL's ActorWorker has PPO's loss, by token or sequence; its ActorPGWorker a choice."""
     worker = str(into.roll.value("actor_train.worker_cls") or "ActorWorker").rpartition(".")[2]
-    path = "actor_train.pg_variant"
+    path = _VARIANT
     if worker == "ActorPGWorker":
         variants = {"ppo": "ppo", "vanilla": "gpg", "topr": "topr", "cispo": "cispo"}
-        if into.roll.value(path) == "cispo":  # bounds of its own, which no key of ROLL's changes
-            for side in ("low", "high"):
-                into.put(f"{_ACTOR}.clip_ratio_{side}", 0.1, path)
         if into.roll.value(path) == "topr":
             into.tell(f"roll.{path}=topr: good is what has a positive advantage; ROLL goes by the reward", _LOSS_MODE)
         reason = "no such loss, or with bounds that no key of ROLL's configuration holds"

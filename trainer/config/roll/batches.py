@@ -77,10 +77,13 @@ def _mini_batch(into: Translation, role: str, num_devices: int) -> None:
 
 
 def _data_parallel(into: Translation, role: str, num_devices: int) -> int:
-    config, cut = into.roll.strategy_config(role), 1
-    if str(into.roll.value(f"{role}.strategy_args.strategy_name")).startswith("megatron"):
+    """Ranks that get sequences of their own: with Megatron, one copy of the model; our keys win over the file's."""
+    section, cut = SECTIONS[role], 1
+    strategy = into.given.get(f"{section}.strategy") or into.roll.value(f"{role}.strategy_args.strategy_name")
+    if str(strategy).startswith("megatron"):
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-            cut *= config.either(name, 1)
+            ours = into.given.get(f"{section}.megatron.{name}")
+            cut *= ours if type(ours) is int and ours > 0 else into.roll.strategy_config(role).either(name, 1)
     return max(1, num_devices // cut)
 
 

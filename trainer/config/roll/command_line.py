@@ -94,7 +94,7 @@ def to_overrides(values: Mapping[str, Any]) -> list[str]:
 def _value(key: str, text: str) -> Any:
     try:
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise UserError(f"{key}={text}: not readable as YAML; put quotes around the value") from error
     assert isinstance(parsed, dict)
     return parsed["value"]

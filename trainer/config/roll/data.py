@@ -140,7 +140,7 @@ def _least_rate(into: Translation, role: str, optim: str) -> None:
     path = f"{role}.strategy_args.strategy_config.lr_scheduler_kwargs"
     if set(options) - {"min_lr"} or not isinstance(options.get("min_lr", 0.0), int | float):
         into.problems.append(f"roll.{path}={show(options)}: only min_lr, a number, is there; leave the others out")
-    elif options:
+    elif options and into.values[f"{optim}.lr"]:
         into.put(f"{optim}.min_lr_ratio", options["min_lr"] / into.values[f"{optim}.lr"], path)
 
 
@@ -149,7 +149,8 @@ def translate_run(into: Translation) -> None:
     roll = into.roll
     into.copy("trainer.total_training_steps", "max_steps")
     into.copy("trainer.save_freq", "save_steps")
-    for key in ("data.seed", f"{_ROLLOUT}.seed", f"{_ACTOR}.data_loader_seed"):
+    seeds = ("data.seed", f"{_ROLLOUT}.seed")
+    for key in (*seeds, f"{_ACTOR}.data_loader_seed") if _updates_draw(into) else seeds:
         into.copy(key, "seed")
     for key, path in (
         ("trainer.experiment_name", "exp_name"),
@@ -170,6 +171,13 @@ def translate_run(into: Translation) -> None:
     saved = [path for path in _SAVES_HF if roll.value(path)]
     if saved:
         into.put(f"{_ACTOR}.checkpoint.save_contents", ["model", "optimizer", "extra", "hf_model"], *saved)
+
+
+def _updates_draw(into: Translation) -> bool:
+    """Whether chance has a part in the updates: in the order of the mini-batches, or in the choice of tokens."""
+    shuffles = (f"{_ACTOR}.shuffle", "critic.shuffle")
+    chooses = into.given.get(f"{_ACTOR}.policy_loss.loss_mode") == "clip_cov"
+    return chooses or any(into.given.get(key, into.values.get(key)) for key in shuffles)
 
 
 _SAVES_HF = ("actor_train.training_args.save_hf_model", "actor_train.strategy_args.strategy_config.save_hf_model")

@@ -64,9 +64,10 @@ def read_mapping(value: object, key: str) -> tuple[int, ...]:
     """Ranks of `list(range(0,8))`, `list([0,1])`, `[0, 1]`, `0-7`, and of sums of these. Raises UserError."""
     if isinstance(value, list) and all(type(rank) is int for rank in value):
         return parse_device_mapping(value, key)
-    if str(value).strip().isdecimal():
-        wrong = f"one number; write list(range(0,{value})) for {value} devices, [{value}] for the one of this rank"
-        raise UserError(f"{key}={show(value)}: {wrong}")
+    number = str(value).strip()
+    if number.isdecimal():
+        many = f"list(range(0,{number})) for {number} devices, " if int(number) else ""
+        raise UserError(f"{key}={show(value)}: one number; write {many}[{number}] for the one of this rank")
     if not isinstance(value, str):
         raise UserError(f"{key}={show(value)}: no list of whole numbers; {_RANKS}")
     ranks: list[int] = []
@@ -98,8 +99,9 @@ def _cluster(into: Translation, devices: dict[str, tuple[int, ...]]) -> None:
     count, per_node = max(max(ranks) for ranks in devices.values()) + 1, into.roll.value("num_gpus_per_node")
     nodes, named = -(-count // per_node), into.roll.value("num_nodes")
     if named not in (None, nodes):
-        text = f"the device mappings reach rank {count - 1}: {nodes} x {per_node} devices, whatever it says, as in ROLL"
-        into.tell(f"roll.num_nodes={show(named)}: {text}", "trainer.nnodes")
+        text = f"the device mappings reach rank {count - 1}: {nodes} x {per_node} devices"
+        counted = "counted from the device_mapping, as ROLL does"
+        into.tell(f"roll.num_nodes={show(named)}: {text}, {counted}", "trainer.nnodes")
     paths = ("num_gpus_per_node", *(f"{role}.device_mapping" for role in devices))
     into.put("trainer.nnodes", nodes, *paths)
     into.put("trainer.n_gpus_per_node", min(count, per_node), *paths)

@@ -30,6 +30,7 @@ SAME: Mapping[str, str] = {
     "trainer.n_gpus_per_node": "num_gpus_per_node",
     f"{_ACTOR}.optim.lr": "actor_train.training_args.learning_rate",
     "critic.optim.lr": "critic.training_args.learning_rate",
+    f"{_ACTOR}.clip_ratio": "pg_clip",
     f"{_ACTOR}.use_kl_loss": "use_kl_loss",
     "algorithm.use_kl_in_reward": "add_token_level_kl",
     "algorithm.gamma": "gamma",
@@ -58,19 +59,23 @@ def take_over(nested: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
         value = given.get(key)
         if value is None or (isinstance(value, str) and "$" in value):
             continue
-        if fits(path, value) and not (path.endswith("device_mapping") and not _are_ranks(value)):
+        if path.endswith("device_mapping"):
+            value = _ranks(value)
+        if path.startswith("critic.") and tree.get("critic") is None:
+            continue  # a critic that the file lacks is none of ROLL's
+        if value is not None and fits(path, value):
             _set(tree, path, value)
         if path == "response_length":  # which sequence_length would win over
             tree.pop("sequence_length", None)
     return tree
 
 
-def _are_ranks(value: Any) -> bool:
-    """Whether it is a mapping; what is wrong with one of ours is told under our name."""
+def _ranks(value: Any) -> list[int] | None:
+    """What a mapping of ours names: ROLL has no `0` or `0,2`; None for what is none, which is told under our name."""
     try:
-        return bool(parse_device_mapping(value, ""))
+        return list(parse_device_mapping(value, ""))
     except (UserError, TypeError):
-        return False
+        return None
 
 
 def _leaves(key: str, value: Any) -> dict[str, Any]:

@@ -34,6 +34,7 @@ TEXTS = Kind(
 )
 FLAG_OR_TEXT = Kind("true, false or a path", lambda value: isinstance(value, bool | str))
 
+_PACKING = "sequence_packing_args"
 _OF_DEFAULT: Mapping[type, Kind] = {bool: FLAG, int: WHOLE, float: NUMBER, dict: SECTION}
 _OWN: Mapping[str, Kind] = {
     **dict.fromkeys(
@@ -50,6 +51,8 @@ _OWN: Mapping[str, Kind] = {
                 for role in ("actor_train", "critic")
                 for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
             ),
+            *(f"{role}.{_PACKING}.max_packed_sequence_length_train" for role in ("actor_train", "critic")),
+            f"reference.{_PACKING}.max_packed_sequence_length_forward",
         ),
         COUNT,
     ),
@@ -58,6 +61,7 @@ _OWN: Mapping[str, Kind] = {
     **dict.fromkeys(("actor_train.data_args.file_name", "validation.data_args.file_name"), TEXTS),
     **dict.fromkeys(("checkpoint_config.output_dir", "global_template", "actor_train.data_args.template"), TEXT),
     "max_ckpt_to_keep": WHOLE,
+    "reference.max_tokens_per_microbatch_in_infer": WHOLE,
     "resume_from_checkpoint": FLAG_OR_TEXT,
     "train_infer_correction.filters": LIST,
 }

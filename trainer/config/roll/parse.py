@@ -20,15 +20,19 @@ def parse(path: Path) -> tuple[DictConfig, dict[str, str]]:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         tree = OmegaConf.create(text) if isinstance(node, yaml.MappingNode) else None
+        places = places_of(node, path.name) if isinstance(node, yaml.MappingNode) else {}
     except yaml.MarkedYAMLError as error:
         raise UserError(f"{_named(path)}: not readable as YAML: {_marked(error)}; mend the file") from error
+    except RecursionError as error:
+        reason = "nested too deeply, or an alias (*name) within what it stands for"
+        raise UserError(f"{_named(path)}: not readable as YAML: {reason}; mend the file") from error
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise UserError(f"{_named(path)}: not readable as YAML: {reason}; mend the file") from error
     if not isinstance(node, yaml.MappingNode) or not isinstance(tree, DictConfig):
         kinds = {type(None): "nothing", yaml.ScalarNode: "one value", yaml.SequenceNode: "a list"}
         raise UserError(f"{_named(path)}: holds {kinds[type(node)]}, no keys; {_GIVE}")
-    return tree, places_of(node, path.name)
+    return tree, places
 
 
 def _text(path: Path) -> str:

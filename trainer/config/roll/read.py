@@ -20,6 +20,7 @@ from trainer.config.roll.parse import parse
 from trainer.config.roll.places import Places, placed
 
 _HYDRAS_OWN = ("hydra", "defaults")
+_OPTIONAL = "optional "
 _NOT_NEEDED = re.compile(r"deepspeed_zero\w*|\w*envs")
 """Files of ROLL's for DeepSpeed (which it had until 0.2) and for agents: nothing here could use what they hold."""
 _INTERPOLATED = re.compile(r"\$\{\s*([A-Za-z_]\w*)")
@@ -69,14 +70,12 @@ def read_roll(path: Path, changes: Mapping[str, Any] | None = None) -> RollFile:
             raise UserError(f"roll.{key}={value}: {_first_line(error)}; name a key below a section") from error
         places = {name: place for name, place in places.items() if not name.startswith(f"{key}.")}
         places[key] = "command line"
+    variables = part.inherited | set(_INTERPOLATED.findall(str(OmegaConf.to_container(tree, resolve=False))))
     for name in _HYDRAS_OWN:
         tree.pop(name, None)
-    raw = OmegaConf.to_container(tree, resolve=False)
-    assert isinstance(raw, dict)
-    _refuse_others(path, {str(name) for name in raw})
+    _refuse_others(path, {str(name) for name in tree})
     with placed(places):
         values = _resolve(tree)
-    variables = part.inherited | set(_INTERPOLATED.findall(str(raw)))
     return RollFile({str(name): value for name, value in values.items()}, variables, places)
 
 
@@ -139,26 +138,35 @@ def _load(path: Path, above: Sequence[Path]) -> _Part:
 
 
 def _entries(tree: DictConfig, path: Path) -> Iterator[str]:
-    """What `defaults` names, as `folder/name@package`; entries about Hydra itself have no meaning here."""
+    """What `defaults` names, as `folder/name@package`, perhaps behind `optional `; entries about Hydra itself have no
+    meaning here.
+    """
     listed = OmegaConf.to_container(tree, resolve=False)["defaults"] if "defaults" in tree else None  # type: ignore[call-overload,index]
     if listed is not None and not isinstance(listed, list):
         raise UserError(f"roll.config={path}: defaults={show(listed)} must be a list; write [name, _self_]")
     for entry in listed or []:
         for group, name in entry.items() if isinstance(entry, dict) else [("", entry)]:
-            group = str(group).removeprefix("override ").removeprefix("optional ").strip().removeprefix("/")
+            *words, group = str(group).split(" ")
+            group = group.removeprefix("/")
             if name is None or group.startswith("hydra"):
                 continue
             folder, _, package = group.partition("@")
-            yield "".join([f"{folder}/" if folder else "", str(name), f"@{package}" if package else ""])
+            optional = _OPTIONAL if "optional" in words else ""
+            yield "".join([optional, f"{folder}/" if folder else "", str(name), f"@{package}" if package else ""])
 
 
 def _default(entry: str, path: Path, above: Sequence[Path]) -> _Part:
-    """What one entry of `defaults` brings: `folder/name`, `folder/name@_here_` or `folder/name@package`."""
-    name, _, package = entry.partition("@")
+    """What one entry of `defaults` brings: `folder/name`, `folder/name@_here_` or `folder/name@package`.
+
+    Behind `optional `: nothing, where there is no such file.
+    """
+    name, _, package = entry.removeprefix(_OPTIONAL).partition("@")
     file = (path.parent / f"{name}.yaml").resolve()
     if _NOT_NEEDED.fullmatch(file.stem):
         return _Part(OmegaConf.create({file.stem: {}}), {})
     if not file.is_file():
+        if entry.startswith(_OPTIONAL):
+            return _Part(OmegaConf.create({}), {})
         raise UserError(
             f"roll.config={path}: defaults names {entry}, and there is no {file}; put the file there, or take the "
             "entry out where nothing refers to it"

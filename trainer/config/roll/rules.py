@@ -19,7 +19,8 @@ class Rule:
     """One row of the table.
 
     text: translated: our keys, as docs/roll.md shows them; else the reason. remedy: of what is refused.
-    copies_to: our key that simply takes the value; None where the code computes something.
+    copies_to: our key that simply takes the value; None where the code computes something. silent: the translation
+    says itself what there is to say.
     """
 
     kind: Kind
@@ -27,6 +28,7 @@ class Rule:
     remedy: str = ""
     quiet: tuple[object, ...] = ()
     copies_to: str | None = None
+    silent: bool = False
 
 
 Rules = Mapping[str, Rule]
@@ -47,6 +49,11 @@ def no_effect(reason: str, *quiet: object) -> Rule:
     return Rule("no effect", reason, quiet=quiet)
 
 
+def compared(reason: str) -> Rule:
+    """Accepted without effect; the translation tells the reason where the value is not what it finds."""
+    return Rule("no effect", reason, silent=True)
+
+
 def refused(reason: str, remedy: str, *quiet: object) -> Rule:
     """An error unless the value is one of `quiet`."""
     return Rule("refused", reason, remedy, quiet)
@@ -54,7 +61,9 @@ def refused(reason: str, remedy: str, *quiet: object) -> Rule:
 
 def is_quiet(rule: Rule, value: object) -> bool:
     """Whether a value asks for nothing else than what happens here; true, 1 and 1.0 are told apart from each other."""
-    return any(value == quiet and isinstance(value, bool) == isinstance(quiet, bool) for quiet in rule.quiet)
+    return rule.silent or any(
+        value == quiet and isinstance(value, bool) == isinstance(quiet, bool) for quiet in rule.quiet
+    )
 
 
 def nearest(name: str, names: Mapping[str, object] | set[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.config.roll.rules import Rules, computed, copied, no_effect, refused
+from trainer.config.roll.rules import Rules, compared, computed, copied, no_effect, refused
 
 _ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 _ESTIMATOR = "`algorithm.adv_estimator`, `algorithm.adv_params`"
@@ -14,7 +14,9 @@ _AT_ONCE = "all prompts of a step go to the engines at once"
 TOP: Rules = {
     # the run
     "exp_name": copied("trainer.experiment_name"),
-    "seed": computed(f"`data.seed`, `{_ROLLOUT}.seed`, `{_ACTOR}.data_loader_seed`"),
+    "seed": computed(
+        f"`data.seed`, `{_ROLLOUT}.seed`, and `{_ACTOR}.data_loader_seed` where a step is more than one update"
+    ),
     "output_dir": computed("`trainer.default_local_dir` = output_dir/exp_name, unless checkpoint_config has a folder"),
     "checkpoint_config.output_dir": computed(
         "`trainer.default_local_dir`; without ROLL's time stamp, so a run resumes"
@@ -38,7 +40,7 @@ TOP: Rules = {
     ),
     "rpc_timeout": computed(f"`{_ROLLOUT}.timeout_s`, `trainer.step_timeout_s`"),
     "num_gpus_per_node": computed("`trainer.n_gpus_per_node`, `trainer.nnodes`, together with the device_mapping"),
-    "num_nodes": no_effect("counted from the device_mapping, as ROLL does"),
+    "num_nodes": compared("counted from the device_mapping, as ROLL does"),
     "system_envs.*": no_effect(
         "workers inherit the environment: set it in the shell, NAME=value python -m trainer.main"
     ),
@@ -111,7 +113,9 @@ TOP: Rules = {
     "difficulty_high_threshold": computed(f"{_ESTIMATOR}, with difficulty_mask"),
     "error_max_len_clip": computed(f"{_ESTIMATOR}: of responses over the threshold those with reward 1 are kept"),
     "error_max_len_threshold": computed(f"{_ESTIMATOR}, with error_max_len_clip"),
-    "pg_clip": computed(f"`{_ACTOR}.clip_ratio_low`, `{_ACTOR}.clip_ratio_high`, `{_ACTOR}.clip_ratio_c`"),
+    "pg_clip": computed(
+        f"`{_ACTOR}.clip_ratio`, `{_ACTOR}.clip_ratio_low`, `{_ACTOR}.clip_ratio_high`, `{_ACTOR}.clip_ratio_c`"
+    ),
     "use_pg_clip_range": computed("takes pg_clip_low and pg_clip_high in place of pg_clip"),
     "pg_clip_low": computed(f"`{_ACTOR}.clip_ratio_low`, with use_pg_clip_range"),
     "pg_clip_high": computed(f"`{_ACTOR}.clip_ratio_high`, with use_pg_clip_range"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.errors import raise_problems
-from trainer.config.roll.algorithm import estimator_kind, translate_algorithm
+from trainer.config.roll.algorithm import has_critic, translate_algorithm
 from trainer.config.roll.batches import translate_batches
 from trainer.config.roll.check import check_keys
 from trainer.config.roll.data import (
@@ -62,11 +62,15 @@ def translate_roll(file: RollFile, *, given: Mapping[str, Any] | None = None) ->
 
 
 def _roles(into: Translation) -> list[str]:
-    """The training roles that the run has: the reference only where a KL needs it, the critic only for GAE."""
+    """The training roles that the file describes: the reference only where a KL needs it, the critic only for GAE.
+
+    A critic that only the command line names follows our defaults, most of which are the actor's values.
+    """
     roles, roll = ["actor_train"], into.roll
     if roll.value("use_kl_loss") or roll.value("add_token_level_kl"):
         roles.append("reference")
-    if estimator_kind(into) == "gae":
+    named = any(key == "algorithm.adv_estimator" or key.startswith("critic.") for key in into.given)
+    if has_critic(into) and (roll.has("critic") or not named):
         roles.append("critic")
     return roles
 
