@@ -59,6 +59,12 @@ class Outcome:
             f"--- stdout\n{self.stdout[-3000:]}\n--- stderr\n{self.stderr[-3000:]}"
         )
 
+    @property
+    def complaints(self) -> str:
+        """Stderr without what Ray says of a disk that is nearly full: of the machine and not of the run."""
+        lines = self.stderr.splitlines(keepends=True)
+        return "".join(line for line in lines if "file_system_monitor.cc" not in line)
+
     def records(self) -> list[Record]:
         """All lines of metrics.jsonl."""
         return read_jsonl(self.directory / "metrics.jsonl")

@@ -95,7 +95,7 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(interrupted: Interrupted
     last = step_in("stopped after step", stopped)
     assert f"\n  python -m trainer.main {' '.join(stopped.arguments)}\n" in stopped.stdout, stopped.told
     assert last == interrupted.stopped_summary["steps"]
-    assert stopped.stderr == "", stopped.told
+    assert stopped.complaints == "", stopped.told
     assert step_in("resuming after step", interrupted.finished) == last, "nothing is done twice after a clean stop"
 
 
