@@ -263,6 +263,12 @@ def notices(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.name == "workers.rollout.pool"]
 
 
+def noticed_within(caplog: pytest.LogCaptureFixture, begun: float, seconds: float) -> bool:
+    """The first notice came that soon after `begun`; what a new process takes to start does not count."""
+    first = next(r for r in caplog.records if r.name == "workers.rollout.pool")
+    return first.created - begun < seconds
+
+
 def test_chunks_come_as_they_finish_and_each_prompt_once(bench: Callable[..., Bench]) -> None:
     one = bench([], [])
     chunks = one.generate()
@@ -394,9 +400,9 @@ def test_a_replica_that_hangs_is_killed_and_replaced(
     """Stopped: nothing of it answers. Frozen: it answers, but makes no step."""
     one = bench([], [{1: how}], hang_s=2)
     pid = ray.get(one.actors[1].status.remote()).pid
-    begun = time.monotonic()
+    begun = time.time()
     assert_complete(one.generate(), 6)
-    assert time.monotonic() - begun < 12
+    assert noticed_within(caplog, begun, 8)
     assert one.started == [0, 1, 1]
     told = notices(caplog)[0]
     assert f"rollout replica 1 (pid {pid}), generate: hangs" in told
@@ -457,13 +463,15 @@ def test_a_death_during_an_update_gives_all_the_weights_again(bench: Callable[..
     assert_complete(one.generate(), 6, version=2)
 
 
-def test_a_stopped_replica_is_noticed_during_an_update(bench: Callable[..., Bench]) -> None:
+def test_a_stopped_replica_is_noticed_during_an_update(
+    bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture
+) -> None:
     one = bench([], [], hang_s=2)
     one.generate()
     os.kill(ray.get(one.actors[1].status.remote()).pid, signal.SIGSTOP)
-    begun = time.monotonic()
+    begun = time.time()
     assert one.update(2) == [2, 2]
-    assert time.monotonic() - begun < 12
+    assert noticed_within(caplog, begun, 8)
     assert one.started == [0, 1, 1]
 
 
