@@ -10,8 +10,6 @@ from trainer.config.verl.rules import Kind
 from trainer.config.verl.tables import MOVED, RULES
 
 _CHOICE = re.compile(r"\{([^{}]*)\}")
-
-
 _TYPO = 0.96
 """Likeness of a name with a letter or two wrong. Less like it, a key that does nothing here is no advice."""
 
