@@ -228,6 +228,16 @@ def test_the_model_is_reached_from_the_worker(release: Release) -> None:
     assert "self.model = " in release.text(runner) or "self.model: " in release.text(runner)
 
 
+def test_what_the_extension_reads_of_the_worker(release: Release) -> None:
+    """Nothing but these two: others (`device`, say) are None in some worker of some release."""
+    source = ast.parse((SEAM / "extension.py").read_text(encoding="utf-8"))
+    (extension,) = (n for n in source.body if isinstance(n, ast.ClassDef) and n.name == "TandemWorkerExtension")
+    read = {n.attr for n in ast.walk(extension) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "self"}
+    assert {name for name in read if not name.lstrip("_").startswith("tandem_")} == {"model_runner", "vllm_config"}
+    bases = [path for path in ("worker/worker_base.py", "v1/worker/worker_base.py") if release.files(path)]
+    assert any("self.vllm_config = vllm_config" in release.text(path) for path in bases), bases
+
+
 def test_extension_names_are_free(release: Release) -> None:
     """vLLM asserts that no attribute of an extension is one of its worker's; releases add some all the time."""
     paths = [path for pattern in ("v1/worker/*worker*.py", "worker/*worker*.py") for path in release.files(pattern)]

@@ -139,7 +139,7 @@ class BucketReader:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._maps: dict[str | bytes, Tensor] = {}
-        self._device = torch.device(device)
+        self.device = torch.device(device)
 
     def read(self, messages: Sequence[dict[str, object]]) -> Iterator[tuple[str, Tensor]]:
         """(HF name, full tensor) of every parameter in a bucket, from all ranks' messages (`Bucket.as_message`).
@@ -181,7 +181,7 @@ class BucketReader:
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         try:
-            return torch.empty(shape, dtype=dtype, device=self._device)
+            return torch.empty(shape, dtype=dtype, device=self.device)
         except torch.OutOfMemoryError:  # others use the device too; slower, and the same in the end
             return torch.empty(shape, dtype=dtype)
 

@@ -83,7 +83,6 @@ class TandemWorkerExtension:
 
     model_runner: Any
     vllm_config: Any
-    device: Any
 
     def tandem_begin_update(self) -> None:
         """Marks every parameter as not yet written (NaN), so that `tandem_finish_update` sees what was left out.
@@ -98,7 +97,8 @@ class TandemWorkerExtension:
             raise RuntimeError(
                 "weight sync: this vLLM's CPU build cannot take new weights for mixture-of-experts models; use 0.32"
             )
-        self._tandem_reader = getattr(self, "_tandem_reader", None) or BucketReader(self.device)
+        if getattr(self, "_tandem_reader", None) is None:  # a worker's `device` is None in CPU builds before 0.24
+            self._tandem_reader = BucketReader(next(model.parameters()).device)
         self._tandem_seen: set[str] = set()
         self._tandem_layerwise = experts and torch.cuda.is_available() and importlib.util.find_spec(RELOAD) is not None
         if self._tandem_layerwise:
@@ -151,7 +151,7 @@ class TandemWorkerExtension:
             return
         from vllm.config import set_current_vllm_config
 
-        with set_current_vllm_config(self.vllm_config), torch.device(self.device):
+        with set_current_vllm_config(self.vllm_config), self._tandem_reader.device:
             yield
 
     def tandem_save_buffers(self) -> None:
