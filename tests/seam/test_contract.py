@@ -10,7 +10,6 @@ import ast
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -85,17 +84,37 @@ def test_capabilities_are_what_the_table_says(release: Release, can: Capabilitie
     assert can.known
 
 
-def test_every_capability_has_a_row() -> None:
-    rows = {fact.capability for fact in FACTS} | set(COMBINED)
-    looked_up = {"version", "engine_arguments", "sampling_fields", "environment"}  # held against the sources whole
-    assert {field.name for field in fields(Capabilities)} - looked_up == rows - {""}
-
-
 def test_capabilities_hold_all_names(release: Release, can: Capabilities) -> None:
     assert can.engine_arguments == release.fields("EngineArgs", ARGUMENTS)
     sampling = {name for name in can.sampling_fields if not name.startswith("__")}  # marks of a base class
     assert sampling == release.fields("SamplingParams", "sampling_params.py")
     assert environment_variables(release) <= can.environment
+
+
+VALUES = {
+    "model": ("org/model", 3),
+    "dtype": ("bfloat16", 16),
+    "tensor_parallel_size": (2, "two"),
+    "max_model_len": (512, "long"),
+    "max_num_seqs": (64, 0.5),
+    "gpu_memory_utilization": (0.5, "half"),
+    "enforce_eager": (True, "yes"),
+    "enable_prefix_caching": (False, "yes"),
+    "seed": (1, 1.5),
+    "compilation_config": ({}, "fast"),
+}
+"""Of arguments that every release has: a value it takes, and one it does not."""
+
+
+def test_what_values_arguments_take(release: Release, can: Capabilities) -> None:
+    assert can.kinds is not None
+    for name, (good, bad) in VALUES.items():
+        kind = can.kinds.of(name)
+        assert kind is not None, name
+        assert not list(kind.problems(good, name)), name
+        assert len(list(kind.problems(bad, name))) == 1, name
+    share = can.kinds.of("gpu_memory_utilization")
+    assert share and bool(list(share.problems(1.5, "share"))) == (release.version >= Version("0.11.1"))
 
 
 def environment_variables(release: Release) -> set[str]:
