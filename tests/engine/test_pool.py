@@ -6,6 +6,7 @@ What each one does is a script: (number of chunks that come before, what happens
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -259,14 +260,17 @@ def assert_complete(chunks: list[Chunk], num_prompts: int, version: int = 1) -> 
             assert set(response.tolist()) == set(prompt.tolist()) == set(block.meta.group.tolist())
 
 
+def told_by_the_pool(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [r for r in caplog.records if r.name == "workers.rollout.pool"]
+
+
 def notices(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.name == "workers.rollout.pool"]
+    return [r.getMessage() for r in told_by_the_pool(caplog)]
 
 
 def noticed_within(caplog: pytest.LogCaptureFixture, begun: float, seconds: float) -> bool:
     """The first notice came that soon after `begun`; what a new process takes to start does not count."""
-    first = next(r for r in caplog.records if r.name == "workers.rollout.pool")
-    return first.created - begun < seconds
+    return told_by_the_pool(caplog)[0].created - begun < seconds
 
 
 def test_chunks_come_as_they_finish_and_each_prompt_once(bench: Callable[..., Bench]) -> None:

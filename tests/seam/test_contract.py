@@ -10,6 +10,7 @@ import ast
 import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,21 @@ load_format seed disable_log_stats worker_cls generation_config gpu_memory_utili
 SAMPLING = """
 n temperature top_p top_k max_tokens ignore_eos stop_token_ids detokenize output_kind logprobs seed
 """
+
+
+VALUES = {
+    "model": ("org/model", 3),
+    "dtype": ("bfloat16", 16),
+    "tensor_parallel_size": (2, "two"),
+    "max_model_len": (512, "long"),
+    "max_num_seqs": (64, 0.5),
+    "gpu_memory_utilization": (0.5, "half"),
+    "enforce_eager": (True, "yes"),
+    "enable_prefix_caching": (False, "yes"),
+    "seed": (1, 1.5),
+    "compilation_config": ({}, "fast"),
+}
+"""Of arguments that every release has: a value it takes, and one it does not."""
 
 
 @pytest.fixture(scope="module", params=parse([*CONTRACT, *available()], CONTRACT))
@@ -89,21 +105,6 @@ def test_capabilities_hold_all_names(release: Release, can: Capabilities) -> Non
     sampling = {name for name in can.sampling_fields if not name.startswith("__")}  # marks of a base class
     assert sampling == release.fields("SamplingParams", "sampling_params.py")
     assert environment_variables(release) <= can.environment
-
-
-VALUES = {
-    "model": ("org/model", 3),
-    "dtype": ("bfloat16", 16),
-    "tensor_parallel_size": (2, "two"),
-    "max_model_len": (512, "long"),
-    "max_num_seqs": (64, 0.5),
-    "gpu_memory_utilization": (0.5, "half"),
-    "enforce_eager": (True, "yes"),
-    "enable_prefix_caching": (False, "yes"),
-    "seed": (1, 1.5),
-    "compilation_config": ({}, "fast"),
-}
-"""Of arguments that every release has: a value it takes, and one it does not."""
 
 
 def test_what_values_arguments_take(release: Release, can: Capabilities) -> None:
@@ -247,11 +248,19 @@ def test_the_model_is_reached_from_the_worker(release: Release) -> None:
     assert "self.model = " in release.text(runner) or "self.model: " in release.text(runner)
 
 
+@cache
+def extension_class() -> ast.ClassDef:
+    """The source of what we mix into vLLM's worker."""
+    source = ast.parse((SEAM / "extension.py").read_text(encoding="utf-8"))
+    (found,) = (n for n in source.body if isinstance(n, ast.ClassDef) and n.name == "TandemWorkerExtension")
+    return found
+
+
 def test_what_the_extension_reads_of_the_worker(release: Release) -> None:
     """Nothing but these two: others (`device`, say) are None in some worker of some release."""
-    source = ast.parse((SEAM / "extension.py").read_text(encoding="utf-8"))
-    (extension,) = (n for n in source.body if isinstance(n, ast.ClassDef) and n.name == "TandemWorkerExtension")
-    read = {n.attr for n in ast.walk(extension) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "self"}
+    read = {
+        n.attr for n in ast.walk(extension_class()) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "self"
+    }
     assert {name for name in read if not name.lstrip("_").startswith("tandem_")} == {"model_runner", "vllm_config"}
     bases = [path for path in ("worker/worker_base.py", "v1/worker/worker_base.py") if release.files(path)]
     assert any("self.vllm_config = vllm_config" in release.text(path) for path in bases), bases
@@ -266,9 +275,7 @@ def test_extension_names_are_free(release: Release) -> None:
         assert bases <= {*classes, "ABC"}, f"{worker.name} has names from elsewhere too"
     taken = {name for path in paths for node in ast.walk(release.tree(path)) for name in bound_in_class(node)}
     assert {"load_model", "execute_model"} <= taken
-    source = ast.parse((SEAM / "extension.py").read_text(encoding="utf-8"))
-    (extension,) = (n for n in source.body if isinstance(n, ast.ClassDef) and n.name == "TandemWorkerExtension")
-    ours = {name for node in ast.walk(extension) for name in bound_in_class(node)}
+    ours = {name for node in ast.walk(extension_class()) for name in bound_in_class(node)}
     assert ours and not ours & taken
     assert all(name.lstrip("_").startswith("tandem_") for name in ours if not name.startswith("__"))
 

@@ -15,7 +15,7 @@ from workers.rollout.vllm.extension import TandemWorkerExtension
 def extension(model: nn.Module) -> Any:
     worker = TandemWorkerExtension()
     worker.model_runner = SimpleNamespace(model=model, model_config=None)
-    worker.device = None  # as of the CPU builds before 0.24
+    worker.device = None  # as of the CPU builds before 0.23
     return worker
 
 

@@ -12,6 +12,8 @@ from trainer.config.schema import AlgorithmConfig, Config
 if TYPE_CHECKING:
     from trainer.algorithms.estimators.ragged import AdvantageInput
 
+DRAWING_LOSS = "clip_cov"
+"""The policy loss that chooses tokens at random."""
 _N = "actor_rollout_ref.rollout.n"
 
 

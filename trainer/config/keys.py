@@ -13,7 +13,6 @@ from pydantic import BaseModel
 
 from trainer.config.schema import Config
 
-NONE: Mapping[str, float] = MappingProxyType({})
 _LIST_ALL = "`python -m trainer.main --cfg job` lists every key"
 _USUALLY_MEANT = (
     "path",
@@ -53,7 +52,7 @@ class KnownKeys:
         """Whether `key` lies below a free-form dictionary."""
         return any(key.startswith(f"{parent}.") for parent in self.free_form)
 
-    def nearest(self, key: str, *, limit: int = 3, also: Mapping[str, float] = NONE) -> tuple[str, ...]:
+    def nearest(self, key: str, *, limit: int = 3, also: Mapping[str, float] = MappingProxyType({})) -> tuple[str, ...]:
         """Return the existing keys that `key` probably meant, best first; none where nothing is close.
 
         also: other names that are understood, each with the least likeness.
@@ -76,7 +75,7 @@ def known_keys() -> KnownKeys:
     return KnownKeys(frozenset(leaves), frozenset(sections), frozenset(free_form))
 
 
-def unknown_key(key: str, value: str, known: KnownKeys, also: Mapping[str, float] = NONE) -> str:
+def unknown_key(key: str, value: str, known: KnownKeys, also: Mapping[str, float]) -> str:
     """Word the complaint about a key that does not exist. also: as in `nearest`."""
     above = next((leaf for leaf in known.leaves if key.startswith(f"{leaf}.")), None)
     if above is not None:

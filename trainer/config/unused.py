@@ -11,6 +11,7 @@ from typing import Any
 
 from trainer.algorithms import custom
 from trainer.algorithms.estimators.catalog import ESTIMATORS
+from trainer.config.algorithms import DRAWING_LOSS
 from trainer.config.roles import training_roles
 from trainer.config.schema import Config
 from trainer.config.verl.report import folded
@@ -19,8 +20,6 @@ _ACTOR = "actor_rollout_ref.actor"
 _REF = "actor_rollout_ref.ref"
 _ROLLOUT = "actor_rollout_ref.rollout"
 _CORRECTION = "algorithm.rollout_correction"
-_DRAWING_LOSS = "clip_cov"
-"""The policy loss that chooses tokens at random."""
 
 Unused = tuple[str, tuple[str, ...]]
 """(why, keys, or sections with all that is below them)."""
@@ -106,7 +105,7 @@ def _schedules(cfg: Config) -> Iterator[Unused]:
         if optim.lr_scheduler_type == "constant":
             yield f"{key}.optim.lr_scheduler_type=constant", (f"{key}.optim.min_lr_ratio",)
     loss = cfg.actor_rollout_ref.actor.policy_loss.loss_mode
-    draws = loss == _DRAWING_LOSS or custom.is_path(loss)
+    draws = loss == DRAWING_LOSS or custom.is_path(loss)
     if not draws and not cfg.actor_rollout_ref.actor.shuffle and not (cfg.use_critic and cfg.critic.shuffle):
         yield f"{_ACTOR}.shuffle=false", (f"{_ACTOR}.data_loader_seed",)
     if cfg.trainer.total_training_steps is not None:

@@ -47,17 +47,17 @@ def translate_algorithm(into: Translation) -> None:
 def has_critic(into: Translation) -> bool:
     """Whether a critic is trained: as the command line says it, or else the file."""
     enabled = into.given.get("critic.enable")
-    if isinstance(enabled, bool):
-        return enabled
-    if into.overridden(_ESTIMATOR):
-        return "values" in catalog.needs(str(into.given[_ESTIMATOR]))
-    return bool(into.roll.value("adv_estimator") == "gae")
+    return enabled if isinstance(enabled, bool) else "values" in catalog.needs(_estimator(into))
+
+
+def _estimator(into: Translation) -> str:
+    """As the command line names it, or else the file."""
+    return str(into.given.get(_ESTIMATOR, into.roll.value("adv_estimator")))
 
 
 def _advantages(into: Translation) -> None:
     into.copy("algorithm.gamma", "gamma")
-    estimator = into.given.get(_ESTIMATOR, into.roll.value("adv_estimator"))
-    if estimator == "gae" or into.roll.has("lambd"):  # or else nobody wrote it, and nothing reads it
+    if _estimator(into) == "gae" or into.roll.has("lambd"):  # or else nobody wrote it, and nothing reads it
         into.copy("algorithm.lam", "lambd")
     if into.overridden(_ESTIMATOR):
         return  # whose parameters are not those of ROLL's estimator
@@ -157,17 +157,20 @@ def _clip_range(into: Translation, *, cispo: bool) -> None:
 def _loss_mode(into: Translation) -> Any:
     """ROLL's ActorWorker has PPO's loss, by token or sequence; its ActorPGWorker a choice."""
     worker = str(into.roll.value("actor_train.worker_cls") or "ActorWorker").rpartition(".")[2]
-    path = _VARIANT
     if worker == "ActorPGWorker":
         variants = {"ppo": "ppo", "vanilla": "gpg", "topr": "topr", "cispo": "cispo"}
-        if into.roll.value(path) == "topr":
-            into.tell(f"roll.{path}=topr: good is what has a positive advantage; ROLL goes by the reward", _LOSS_MODE)
+        if into.roll.value(_VARIANT) == "topr":
+            into.tell(
+                f"roll.{_VARIANT}=topr: good is what has a positive advantage; ROLL goes by the reward", _LOSS_MODE
+            )
         reason = "no such loss, or with bounds that no key of ROLL's configuration holds"
-        return into.choose(path, variants, reason, _LOSS_MODE)
+        return into.choose(_VARIANT, variants, reason, _LOSS_MODE)
     if worker != "ActorWorker":
         into.refuse("actor_train.worker_cls", "a worker of one's own is not there", "leave it out", _LOSS_MODE)
-    if into.roll.has(path):
-        into.notices.append(f"roll.{path}={into.roll.value(path)}: no effect: only ROLL's ActorPGWorker reads it")
+    if into.roll.has(_VARIANT):
+        into.notices.append(
+            f"roll.{_VARIANT}={into.roll.value(_VARIANT)}: no effect: only ROLL's ActorPGWorker reads it"
+        )
     modes = {"token": "ppo", "seq": "gspo"}
     return into.choose("importance_sampling", modes, "no such ratio", _LOSS_MODE)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from trainer.config.algorithms import DRAWING_LOSS
 from trainer.config.errors import show
 from trainer.config.roll.engines import SECTIONS
 from trainer.config.roll.tree import Translation
@@ -176,7 +177,7 @@ def translate_run(into: Translation) -> None:
 def _updates_draw(into: Translation) -> bool:
     """Whether chance has a part in the updates: in the order of the mini-batches, or in the choice of tokens."""
     shuffles = (f"{_ACTOR}.shuffle", "critic.shuffle")
-    chooses = into.given.get(f"{_ACTOR}.policy_loss.loss_mode") == "clip_cov"
+    chooses = into.given.get(f"{_ACTOR}.policy_loss.loss_mode") == DRAWING_LOSS
     return chooses or any(into.given.get(key, into.values.get(key)) for key in shuffles)
 
 

@@ -21,14 +21,8 @@ def parse(path: Path) -> tuple[DictConfig, dict[str, str]]:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         tree = OmegaConf.create(text) if isinstance(node, yaml.MappingNode) else None
         places = places_of(node, path.name) if isinstance(node, yaml.MappingNode) else {}
-    except yaml.MarkedYAMLError as error:
-        raise UserError(f"{_named(path)}: not readable as YAML: {_marked(error)}; mend the file") from error
-    except RecursionError as error:
-        reason = "nested too deeply, or an alias (*name) within what it stands for"
-        raise UserError(f"{_named(path)}: not readable as YAML: {reason}; mend the file") from error
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise UserError(f"{_named(path)}: not readable as YAML: {reason}; mend the file") from error
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        raise UserError(f"{_named(path)}: not readable as YAML: {_reason(error)}; mend the file") from error
     if not isinstance(node, yaml.MappingNode) or not isinstance(tree, DictConfig):
         kinds = {type(None): "nothing", yaml.ScalarNode: "one value", yaml.SequenceNode: "a list"}
         raise UserError(f"{_named(path)}: holds {kinds[type(node)]}, no keys; {_GIVE}")
@@ -45,8 +39,12 @@ def _text(path: Path) -> str:
         raise UserError(f"{_named(path)}: not text in UTF-8; {_GIVE}") from error
 
 
-def _marked(error: yaml.MarkedYAMLError) -> str:
-    """What the parser minds, and in which line."""
+def _reason(error: Exception) -> str:
+    """What the parser minds, and in which line if it says so."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply, or an alias (*name) within what it stands for"
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return str(error).partition("\n")[0].rstrip(".")
     mark = error.problem_mark or error.context_mark
     reason = error.problem or error.context or "something"
     return f"line {mark.line + 1}: {reason}" if mark is not None else str(reason)

@@ -125,10 +125,10 @@ def _load(path: Path, above: Sequence[Path]) -> _Part:
     if path in above:
         raise UserError(f"roll.config={above[0]}: defaults lead from {path} back to itself; take one entry out")
     tree, places = parse(path)
-    parts = {entry: _default(entry, path, above) for entry in _entries(tree, path) if entry != "_self_"}
-    if not parts:
-        return _Part(tree, places)
     own, order = _Part(tree, places), list(_entries(tree, path))
+    parts = {entry: _default(entry, path, above) for entry in order if entry != "_self_"}
+    if not parts:
+        return own
     chain = [own if entry == "_self_" else parts[entry] for entry in order]
     chain += [] if "_self_" in order else [own]
     merged = OmegaConf.merge(*[part.tree for part in chain])

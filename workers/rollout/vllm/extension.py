@@ -97,7 +97,7 @@ class TandemWorkerExtension:
             raise RuntimeError(
                 "weight sync: this vLLM's CPU build cannot take new weights for mixture-of-experts models; use 0.32"
             )
-        if getattr(self, "_tandem_reader", None) is None:  # a worker's `device` is None in CPU builds before 0.24
+        if getattr(self, "_tandem_reader", None) is None:  # a worker's `device` is None in CPU builds before 0.23
             self._tandem_reader = BucketReader(next(model.parameters()).device)
         self._tandem_seen: set[str] = set()
         self._tandem_layerwise = experts and torch.cuda.is_available() and importlib.util.find_spec(RELOAD) is not None
